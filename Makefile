@@ -1,0 +1,33 @@
+# pardemo: every target works on a fresh clone; only python3.11+ with venv, and make, are assumed.
+PYTHON ?= $(shell for v in 3.11 3.12 3.13 3; do command -v python$$v >/dev/null 2>&1 && python$$v -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v python$$v && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup lab bench test lint notebooks clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "pardemo needs python 3.11 or newer on the PATH"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+lab: setup
+	$(BIN)/python -m pardemo lab
+
+bench: setup
+	$(BIN)/python -m pardemo bench strategies
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check pardemo tests && $(BIN)/mypy
+
+notebooks: setup
+	$(BIN)/python -m pardemo notebooks
+
+clean:
+	rm -rf $(VENV) results build *.egg-info
