@@ -155,12 +155,13 @@ def caption(claim: str, *conditions: str) -> Caption:
     text = Caption(" ".join([claim, *conditions]))
     if not in_notebook():
         return text
-    from IPython.display import Markdown, display
+    from IPython.display import display
 
     picture = _latest() if _latest else None
     if picture is not None and not picture.shown:
         display(picture)
-    display(Markdown(" ".join([f"**{claim}**", *conditions])))
+    marked = " ".join([f"**{claim}**", *conditions])
+    display({"text/markdown": marked, "text/plain": str(text)}, raw=True)
     return text
 
 
@@ -222,7 +223,7 @@ def label_rows(axes: Axes, labels: list[str], places: list[int] | None = None) -
 def durations(values: Iterable[float]) -> tuple[float, str]:
     """The factor and unit that make these seconds readable: (1000, "ms") and the like."""
     top = max([abs(value) for value in values if value == value] or [1.0])
-    return (1.0, "s") if top >= 10 else (1e3, "ms") if top >= 1e-3 else (1e6, "µs")
+    return (1.0, "s") if top >= 1 else (1e3, "ms") if top >= 1e-3 else (1e6, "µs")
 
 
 def sizes(values: Iterable[float]) -> tuple[float, str]:

@@ -1,0 +1,214 @@
+"""Run notebooks: lessons and benchmarks from a closed list, through papermill, and normalise them.
+
+This is the only module that calls papermill. Facts it works around (papermill 2.7, ipykernel 7.4):
+unknown parameters are only warned of; a killed kernel leaves its cells marked "completed"; a
+stopped kernel hangs; every kernel prints a warning about TCP although it listens on loopback only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+
+from .parameters import Parameter, Refused, infer, nearest, validate
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("notebooks", "benchmarks")
+TIMEOUT_S = 900  # per cell; ends an endless cell or a stopped kernel
+QUIET_KERNEL = ["--IPKernelApp.log_level=40"]
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+DROPPED = [f"metadata.{key}" for key in ("widgets", "papermill", "jupytext", "toc", "vscode")]
+DROPPED += [
+    f"cell.metadata.{key}"
+    for key in ("papermill", "execution", "ExecuteTime", "collapsed", "lines_to_next_cell")
+]
+
+
+class NotebookFailed(RuntimeError):
+    """A notebook stopped; says which cell, what it began with, and the error."""
+
+
+def known(folder: str | None = None) -> dict[str, Path]:
+    """Every notebook that may be run, by name: the closed list that is beside the package."""
+    folders = FOLDERS if folder is None else (folder,)
+    return {path.stem: path for name in folders for path in sorted((ROOT / name).glob("*.ipynb"))}
+
+
+def find(name: str, folder: str | None = None) -> Path:
+    """The path of a known notebook ("04_ddp", "04", "strategies"); Refused for any other."""
+    there = known(folder)
+    if not there:
+        raise Refused(f"no {folder or 'notebooks'} beside {ROOT}: run pardemo from its clone")
+    short = name.removesuffix(".ipynb").rsplit("/", 1)[-1]
+    matches = [stem for stem in there if stem == short or stem.split("_", 1)[0] == short]
+    if len(matches) != 1:
+        raise Refused(f"no notebook {name!r}; {nearest(short, there)}")
+    return there[matches[0]]
+
+
+def read(path: Path) -> NotebookNode:
+    """A notebook, for the kernel of the Python that runs this."""
+    notebook = nbformat.read(path, 4)
+    notebook.metadata["kernelspec"] = dict(KERNEL)
+    return notebook
+
+
+def parameters(path: Path) -> dict[str, Parameter]:
+    """The notebook's parameters by name, read from its tagged cell without running anything."""
+    import papermill
+
+    with tempfile.TemporaryDirectory(prefix="pardemo-") as scratch:
+        copy = Path(scratch) / path.name
+        nbformat.write(read(path), copy)
+        found = papermill.inspect_notebook(str(copy))
+    return {
+        name: Parameter(
+            name,
+            infer(entry["default"]) if _untyped(entry) else entry["inferred_type_name"].strip(),
+            entry["default"],
+            entry["help"].strip(),
+        )
+        for name, entry in found.items()
+    }
+
+
+def mocks(path: Path) -> dict[str, Any]:
+    """The smaller values that tests use, from the parameters cell's nbmake metadata."""
+    for cell in read(path).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            return dict(cell.metadata.get("nbmake", {}).get("mock", {}))
+    return {}
+
+
+def execute(
+    path: Path,
+    output: Path | None = None,
+    given: Mapping[str, Any] | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> NotebookNode:
+    """Run a notebook in its own folder with checked parameters; returns the executed notebook.
+
+    `output` receives it too, also when a cell fails, so that it can be read. Raises Refused before
+    anything runs when a parameter does not fit, NotebookFailed when a cell fails.
+    """
+    import papermill
+
+    checked = validate(given or {}, parameters(path), path.name)
+    with tempfile.TemporaryDirectory(prefix="pardemo-") as scratch:
+        target = output or Path(scratch) / path.name
+        try:
+            return papermill.execute_notebook(
+                read(path),
+                str(target),
+                parameters=checked,
+                cwd=str(path.parent),
+                progress_bar=False,
+                execution_timeout=timeout_s,
+                extra_arguments=QUIET_KERNEL,
+            )
+        except papermill.PapermillExecutionError as error:
+            raise NotebookFailed(
+                f"{path.name}, cell {error.exec_count or error.cell_index}: "
+                f"{error.ename}: {_plain(error.evalue)}; "
+                f"the cell begins with {_first_line(error.source)!r}"
+            ) from error
+        except Exception as error:
+            if type(error).__name__ not in ("DeadKernelError", "CellTimeoutError"):
+                raise
+            cell = _running(target)
+            what = "its kernel died" if "Dead" in type(error).__name__ else "it took too long"
+            raise NotebookFailed(
+                f"{path.name}{cell}: {what} ({_first_line(_plain(str(error)))})"
+            ) from error
+
+
+def refresh(path: Path, mock: bool = False, timeout_s: float = TIMEOUT_S) -> None:
+    """Execute a notebook in place and normalise it; on failure the file stays untouched.
+
+    `mock` runs it with the smaller values of the tests and keeps the file as it is.
+    """
+    done = execute(path, given=mocks(path) if mock else None, timeout_s=timeout_s)
+    if mock:
+        return
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".ipynb", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            nbformat.write(normalise(done), out)
+        os.chmod(name, path.stat().st_mode & 0o777)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def normalise(notebook: NotebookNode) -> NotebookNode:
+    """Keep outputs, counts and ids; drop metadata that changes on every run, and local paths."""
+    try:
+        from nbstripout import strip_output
+    except ImportError:
+        raise Refused("normalising needs nbstripout: pip install -e '.[dev]'") from None
+    notebook = strip_output(
+        notebook, keep_output=True, keep_count=True, keep_id=True, extra_keys=list(DROPPED)
+    )
+    notebook.metadata["kernelspec"] = dict(KERNEL)
+    notebook.metadata["language_info"] = {"name": "python"}
+    notebook.cells = [
+        cell for cell in notebook.cells
+        if "injected-parameters" not in cell.metadata.get("tags", [])
+    ]  # fmt: skip
+    for cell in notebook.cells:
+        if cell.metadata.get("tags") == []:
+            del cell.metadata["tags"]
+        for output in cell.get("outputs", []):
+            _without_paths(output)
+    return notebook
+
+
+def _without_paths(output: NotebookNode) -> None:
+    """Replace this machine's folders in an output's text by names that mean the same elsewhere."""
+    bundle = output.get("data", {})
+    for kind in [kind for kind in bundle if kind.startswith("text/")]:
+        bundle[kind] = _anonymous(bundle[kind])
+    if "text" in output:
+        output["text"] = _anonymous(output["text"])
+
+
+def _anonymous(text: str) -> str:
+    text = re.sub(r"/\S*?/ipykernel_\d+/\d+\.py", "<cell>", text)
+    text = re.sub(r"/\S*?/site-packages/", "site-packages/", text)
+    for folder, name in ((ROOT, "."), (Path(sys.prefix), "<venv>"), (Path.home(), "~")):
+        text = text.replace(f"{folder}/", f"{name}/").replace("././", "./")
+    return text
+
+
+def _untyped(entry: Mapping[str, Any]) -> bool:
+    return entry["inferred_type_name"] in ("None", None, "")
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text).strip()
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def _running(path: Path) -> str:
+    """Which cell an aborted notebook had reached, from what papermill saved last."""
+    if not path.exists():
+        return ""
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    status = [cell.metadata.get("papermill", {}).get("status") for cell in cells]
+    at = status.index("running") if "running" in status else None
+    return (
+        ""
+        if at is None
+        else f", cell {at + 1}, which begins with " + repr(_first_line(cells[at].source))
+    )
