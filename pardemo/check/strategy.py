@@ -1,0 +1,94 @@
+"""strategy(): train a strategy on ranks beside one process, and compare them after every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pardemo import strategies
+from pardemo.check.same import Trace, same
+from pardemo.check.verdict import Verdict
+from pardemo.strategies import Step, Strategy, StrategyError, base
+from pardemo.workloads import Workload, workload
+
+
+def strategy(
+    which: str | Strategy | Callable[..., Step],
+    work: str | Workload,
+    nprocs: int = 2,
+    steps: int = 3,
+    *,
+    batch_size: int | Sequence[int] | None = None,
+    axes: tuple[str, ...] = ("dp",),
+    shape: tuple[int, ...] = (),
+    dtype: torch.dtype = torch.float64,
+    tolerance: float | None = None,
+    ranks: Any = None,
+    timeout: float = 120.0,
+    **knobs: Any,
+) -> Verdict:
+    """Prove a strategy equal to one process: another seed on every rank, every step compared.
+
+    `which` is a registered name, a Strategy, or a build function (whose mesh has `axes`). One
+    `batch_size` per step may be given, so that a last odd batch is covered. float64 leaves an
+    error of the algorithm nowhere to hide; `tolerance` is for strategies that round on purpose.
+    `ranks` takes a warm `launch.Ranks`. Raises StrategyError when the strategy does not fit.
+    """
+    work = workload(work) if isinstance(work, str) else work
+    row = find(which, axes)
+    sizes = (
+        [batch_size or work.batch_size] * steps
+        if not isinstance(batch_size, Sequence)
+        else batch_size
+    )
+    against = row.reasons_against(work.make_model(0), nprocs, min(sizes))
+    if against:
+        raise StrategyError(f"{row.name} does not fit {work.name}: {'; '.join(against)}")
+    from pardemo.launch import launch  # here, so that verdicts do not need ranks
+
+    devices, knobs = row.place(nprocs, knobs)
+    arguments = (row, work, list(sizes), dtype, shape, knobs)
+    if ranks is not None and len(ranks) == devices:
+        results = ranks(train, *arguments)
+    else:
+        results = launch(train, *arguments, nprocs=devices, timeout=timeout)
+    reference = train(strategies.get("single"), work, list(sizes), dtype, (), {}, alone=True)
+    return same(results, reference, tolerance)
+
+
+def find(which: str | Strategy | Callable[..., Step], axes: tuple[str, ...] = ("dp",)) -> Strategy:
+    """The registered strategy, or a build function of the learner's dressed as one."""
+    if isinstance(which, str):
+        return strategies.get(which)
+    if isinstance(which, Strategy):
+        return which
+    return Strategy(getattr(which, "__name__", "build"), "your own", axes, which)
+
+
+def train(
+    row: Strategy, work: Workload, sizes: list[int], dtype: torch.dtype, shape: tuple[int, ...],
+    knobs: dict[str, Any], alone: bool = False,
+) -> Trace:  # fmt: skip
+    """One training run from one rank's view: the loss and the full state after every step.
+
+    Ranks build their models from different seeds, so a strategy that forgets to broadcast rank 0's
+    parameters is caught. `alone`: no ranks, seed 0.
+    """
+    rank = 0 if alone or not dist.is_initialized() else dist.get_rank()
+    mesh = None if alone else row.mesh(shape=shape)
+    model = work.make_model(rank).to(dtype)
+    step = row.build(model, work.make_optimizer, work.loss, mesh, **knobs)
+    losses, states = [], []
+    for number, size in enumerate(sizes):
+        batch = work.make_batch(size, number, 0)
+        losses.append(float(step.step(cast(batch, dtype))))
+        states.append(step.state())
+    return Trace(tuple(losses), tuple(states))
+
+
+def cast(batch: Any, dtype: torch.dtype) -> Any:
+    """The batch with its floating-point tensors in `dtype`."""
+    return base.map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch)

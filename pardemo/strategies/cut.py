@@ -1,0 +1,83 @@
+"""Cutting a model into consecutive parts: the pieces, their costs, and the balanced cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn as nn
+
+
+class StrategyError(ValueError):
+    """A strategy was asked for something it cannot do; the message says what to change."""
+
+
+def pieces(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The ordered (name, module) pieces whose composition is `model`'s forward.
+
+    A model says them itself through `sequence()`; an nn.Sequential is its children. Names are
+    prefixes of the model's state_dict keys. Any other model raises StrategyError.
+    """
+    if hasattr(model, "sequence"):
+        return list(model.sequence())
+    if isinstance(model, nn.Sequential):
+        return list(model.named_children())
+    raise StrategyError(
+        f"{type(model).__name__} cannot be cut into stages: only the model knows the order of its "
+        "parts. Give it a method `sequence()` that returns [(name, module), ...] whose composition "
+        "is forward, or make it an nn.Sequential."
+    )
+
+
+def parameter_costs(parts: Sequence[tuple[str, nn.Module]]) -> list[int]:
+    """Elements of parameters per piece: the cost when nothing better was measured."""
+    return [sum(p.numel() for p in module.parameters()) for _, module in parts]
+
+
+def cut(costs: Sequence[float], parts: int) -> list[range]:
+    """Cut `costs` into `parts` consecutive non-empty ranges whose largest sum is smallest.
+
+    Exact, by dynamic programming over prefixes; of equal cuts the earliest is taken, so that every
+    rank finds the same one. Raises StrategyError for more parts than pieces.
+    """
+    n = len(costs)
+    if not 1 <= parts <= n:
+        raise StrategyError(f"cannot cut {n} pieces into {parts} stages: use 1 to {n} stages")
+    total = [0.0]
+    for cost in costs:
+        total.append(total[-1] + float(cost))
+    # best[k][j]: the smallest possible largest sum of the first j pieces in k + 1 parts
+    best = [[total[j] for j in range(n + 1)]]
+    where: list[list[int]] = [[0] * (n + 1)]
+    for k in range(1, parts):
+        row, back = [float("inf")] * (n + 1), [0] * (n + 1)
+        for j in range(k + 1, n + 1):
+            for i in range(k, j):
+                worst = max(best[k - 1][i], total[j] - total[i])
+                if worst < row[j]:
+                    row[j], back[j] = worst, i
+        best.append(row)
+        where.append(back)
+    ends = [n]
+    for k in range(parts - 1, 0, -1):
+        ends.append(where[k][ends[-1]])
+    bounds = [0, *reversed(ends)]
+    return [range(bounds[k], bounds[k + 1]) for k in range(parts)]
+
+
+def cut_by_hand(names: Sequence[str], starts: Sequence[str], parts: int) -> list[range]:
+    """Ranges of pieces for stages that begin at the named pieces (the first is implied).
+
+    `starts` names the first piece of stage 1, 2, ...; unknown or unordered names, or a wrong
+    number of them, raise StrategyError.
+    """
+    if len(starts) != parts - 1:
+        raise StrategyError(
+            f"{parts} stages need {parts - 1} names to start at, got {len(starts)}: {list(starts)}"
+        )
+    unknown = [name for name in starts if name not in names]
+    if unknown:
+        raise StrategyError(f"no piece is called {unknown[0]!r}; pieces are {', '.join(names)}")
+    bounds = [0, *(list(names).index(name) for name in starts), len(names)]
+    if sorted(set(bounds)) != bounds:
+        raise StrategyError(f"stages must start in the model's order, got {list(starts)}")
+    return [range(bounds[k], bounds[k + 1]) for k in range(parts)]

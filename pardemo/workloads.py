@@ -1,0 +1,190 @@
+"""Workloads: a model, a loss, batches and an optimiser under one name, the same on every rank."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from pardemo import data, models
+
+Batch = tuple[Any, Any]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained: everything a strategy needs, and nothing about ranks.
+
+    `make_model(seed)` and `make_batch(batch_size, step, seed)` depend on their arguments only.
+    `loss(output, target)` is a mean over samples.
+    """
+
+    name: str
+    make_model: Callable[[int], nn.Module]
+    make_batch: Callable[[int, int, int], Batch]
+    loss: Callable[[Any, Any], torch.Tensor]
+    make_optimizer: Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
+    batch_size: int
+
+    def __repr__(self) -> str:
+        return f"workload {self.name!r}, {self.batch_size} samples per batch"
+
+
+def names() -> list[str]:
+    """The built-in workloads."""
+    return list(_MAKERS)
+
+
+def workload(name: str, batch_size: int | None = None) -> Workload:
+    """The workload called `name`, or the user's own as "package.module:callable".
+
+    The callable takes no arguments and returns (model, loss, batch): a module, a function
+    loss(output, target) that is a mean over samples, and one batch (inputs, targets).
+    """
+    if ":" in name:
+        found = _own(name)
+    elif name in _MAKERS:
+        found = _MAKERS[name]()
+    else:
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"built in are {', '.join(names())}"
+        raise ValueError(f"no workload is called {name!r}; {hint} Your own: 'package.module:name'.")
+    return found if batch_size is None else replace(found, batch_size=batch_size)
+
+
+def token_loss(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy per token (nats)."""
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+
+
+def sgd(parameters: Iterable[torch.Tensor], lr: float = 0.05) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9."""
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+
+def adamw(parameters: Iterable[torch.Tensor], lr: float = 1e-3) -> torch.optim.Optimizer:
+    """AdamW with the usual betas."""
+    return torch.optim.AdamW(parameters, lr=lr)
+
+
+def _seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Build a model from `seed` without disturbing the caller's random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def _digits_batch(shape: tuple[int, ...], size: int, step: int, seed: int) -> Batch:
+    pixels, labels = data.digits()
+    chosen = data.draw(size, len(labels), step, seed)
+    return pixels[chosen].view(size, *shape), labels[chosen]
+
+
+def _image_batch(pixels: int, classes: int, size: int, step: int, seed: int) -> Batch:
+    return data.images(size, pixels, classes=classes, seed=seed * 1_000_003 + step)
+
+
+def _token_batch(length: int, size: int, step: int, seed: int) -> Batch:
+    return data.windows(size, length, step, seed)
+
+
+def _mlp() -> Workload:
+    make_batch = partial(_digits_batch, (64,))
+    return Workload("mlp", partial(_seeded, models.MLP), make_batch, F.cross_entropy, sgd, 64)
+
+
+def _resnet_mini() -> Workload:
+    from pardemo.models.resnet import Basic
+
+    make = partial(models.ResNet, Basic, (1, 1, 1), 10, 1, width=8, small_images=True)
+    make_batch = partial(_digits_batch, (1, 8, 8))
+    return Workload("resnet-mini", partial(_seeded, make), make_batch, F.cross_entropy, sgd, 32)
+
+
+def _resnet(name: str, make: Callable[..., nn.Module]) -> Workload:
+    model = partial(_seeded, partial(make, 10, small_images=True))
+    return Workload(name, model, partial(_image_batch, 32, 10), F.cross_entropy, sgd, 16)
+
+
+def _gpt(name: str, config: models.GPTConfig, batch_size: int) -> Workload:
+    model = partial(_seeded, partial(models.GPT, config))
+    make_batch = partial(_token_batch, config.block_size)
+    return Workload(name, model, make_batch, token_loss, adamw, batch_size)
+
+
+def _moe_mini() -> Workload:
+    moe = importlib.import_module("pardemo.models.moe")
+    config = moe.MoEConfig()
+    model = partial(_seeded, partial(moe.MoEGPT, config))
+    return Workload("moe-mini", model, partial(_token_batch, 64), token_loss, adamw, 16)
+
+
+_MAKERS: dict[str, Callable[[], Workload]] = {
+    "mlp": _mlp,
+    "resnet-mini": _resnet_mini,
+    "resnet18": lambda: _resnet("resnet18", models.ResNet18),
+    "resnet50": lambda: _resnet("resnet50", models.ResNet50),
+    "gpt-mini": lambda: _gpt("gpt-mini", models.GPTConfig(), 16),
+    "gpt-small": lambda: _gpt(
+        "gpt-small", models.GPTConfig(256, 256, n_layer=6, n_head=6, n_embd=384), 8
+    ),
+    "gpt2": lambda: _gpt("gpt2", models.GPTConfig.gpt2(), 4),
+    "moe-mini": _moe_mini,
+}
+
+
+def _own(name: str) -> Workload:
+    """A workload from the user's callable; errors say which part of its answer is wrong."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name!r} cannot be loaded: {error}") from error
+    answer = make()
+    if not (isinstance(answer, tuple) and len(answer) == 3):
+        raise ValueError(f"{name} must return (model, loss, batch), got {type(answer).__name__}")
+    model, loss, batch = answer
+    if not isinstance(model, nn.Module) or not callable(loss):
+        raise ValueError(
+            f"{name} must return (nn.Module, callable, batch), got "
+            f"({type(model).__name__}, {type(loss).__name__}, {type(batch).__name__})"
+        )
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        raise ValueError(f"{name}: the batch must be (inputs, targets), got {type(batch).__name__}")
+    size = _length(batch)
+    return Workload(name, partial(_own_model, make), partial(_own_batch, make), loss, adamw, size)
+
+
+def _own_model(make: Callable[[], Any], seed: int) -> nn.Module:
+    return _seeded(lambda: make()[0], seed)
+
+
+def _own_batch(make: Callable[[], Any], size: int, step: int, seed: int) -> Batch:
+    """`size` samples of the user's batch, in a seeded order that goes round and round."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inputs, targets = make()[2]
+    chosen = data.draw(size, _length(inputs), step, seed)
+    return _pick(inputs, chosen), _pick(targets, chosen)
+
+
+def _length(batch: Any) -> int:
+    first = batch
+    while not isinstance(first, torch.Tensor):
+        first = next(iter(first.values())) if isinstance(first, dict) else first[0]
+    return first.shape[0]
+
+
+def _pick(value: Any, chosen: torch.Tensor) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value[chosen]
+    if isinstance(value, dict):
+        return {key: _pick(item, chosen) for key, item in value.items()}
+    return type(value)(_pick(item, chosen) for item in value)
