@@ -1,0 +1,21 @@
+"""Measure: times, bytes, memory, time lines, and whether they may be believed.
+
+From a notebook (each starts or borrows ranks)
+    compare(cases, ranks=None, rounds=8, budget_s=60, ...) -> Comparison    interleaved rounds
+    decompose(case, ...) -> Anatomy            compute, exposed and overlapped transfer, idle
+    timeline(case, ...) -> Timeline            spans per rank on one clock
+    calibrate(...) -> dict                     this machine's profile, for prediction
+    observe(train, ...) -> Run;  diagnose(run) -> Diagnosis
+
+Inside a rank
+    count(step) -> Traffic                     bytes per collective kind, group and phase
+    quiet(group=None)                          context: collectives move nothing
+    weigh(step, model=None) -> MemoryReport    what one step keeps in memory
+    count_flops(step) -> Flops
+"""
+
+from __future__ import annotations
+
+from pardemo.measure.timing import Ratio, Timing
+
+__all__ = ["Ratio", "Timing"]

@@ -1,0 +1,212 @@
+"""Timing and Ratio: numbers that say how far they can be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pardemo.measure import statistics
+
+Status = Literal["ok", "noisy", "contaminated", "oversubscribed"]
+
+NOISY = 0.10  # IQR / median; the two thresholds of torch.utils.benchmark
+CONTAMINATED = 0.25
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as text with three digits that matter: 0.0742 -> '74.2 ms', 2e-5 -> '0.02 ms'."""
+    if not math.isfinite(seconds):
+        return "?"
+    value = seconds * 1e3
+    decimals = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:.{decimals}f}"
+    return (text.rstrip("0").rstrip(".") if decimals > 2 else text) + " ms"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One time over another: below 1 the first is faster. `refused` says why it may not be used.
+
+    `value` is the ratio of the pooled medians, `lo` and `hi` its 95 % interval; `paired` tells
+    whether rounds were compared with the rounds they were interleaved with.
+    """
+
+    value: float
+    lo: float
+    hi: float
+    rounds: int
+    paired: bool
+    names: tuple[str, str] = ("this", "that")
+    refused: str = ""
+
+    @property
+    def different(self) -> bool:
+        """Whether the interval excludes 1 (never when the ratio is refused)."""
+        return not self.refused and not self.lo <= 1 <= self.hi
+
+    @property
+    def verdict(self) -> Literal["faster", "slower", "the same", "cannot tell"]:
+        """In a word; "the same" needs an interval within 5 % of 1, else it is "cannot tell"."""
+        if self.refused:
+            return "cannot tell"
+        if self.different:
+            return "faster" if self.value < 1 else "slower"
+        return "the same" if self.lo > 1 / 1.05 and self.hi < 1.05 else "cannot tell"
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast the first is: 1 / value."""
+        return 1 / self.value
+
+    def __repr__(self) -> str:
+        first, second = self.names
+        if self.refused:
+            return f"no ratio of {first} to {second}: {self.refused}"
+        words = {
+            "faster": f"{first} is {1 / self.value:.2f}x as fast as {second}",
+            "slower": f"{first} takes {self.value:.2f}x the time of {second}",
+            "the same": f"{first} and {second} take the same time within 5 %",
+            "cannot tell": f"cannot tell {first} from {second}",
+        }[self.verdict]
+        how = "paired rounds" if self.paired else "rounds of separate sessions"
+        return (
+            f"{words} (time ratio {self.value:.3f}, 95 % interval {self.lo:.3f}-{self.hi:.3f}, "
+            f"{self.rounds} {how})"
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The time of one step: pooled median, 95 % interval over rounds, spread, and its standing.
+
+    `iterations` is per round; `samples` keeps every round's times in seconds (maximum over ranks).
+    Two timings with the same non-empty `session` were interleaved and are compared round by round.
+    """
+
+    median_s: float
+    lo_s: float
+    hi_s: float
+    p10_s: float
+    p90_s: float
+    iqr_rel: float
+    rounds: int
+    iterations: int
+    ranks: int = 1
+    threads: int = 1
+    status: Status = "ok"
+    warnings: tuple[str, ...] = ()
+    label: str = ""
+    session: str = field(default="", repr=False)
+    samples: tuple[tuple[float, ...], ...] = field(default=(), repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        rounds: Sequence[ArrayLike],
+        *,
+        ranks: int = 1,
+        threads: int = 1,
+        cores: int | None = None,
+        load: Sequence[str] = (),
+        label: str = "",
+        session: str = "",
+    ) -> Timing:
+        """Summarise rounds of times in seconds.
+
+        `cores` (devices on a GPU machine) lets it see oversubscription; `load` holds reasons, in
+        words, why the machine was too busy (see evidence.reasons).
+        """
+        arrays = statistics.clean(rounds)
+        lo, hi = statistics.interval(arrays)
+        p10, p90, iqr_rel = statistics.spread(arrays)
+        status, warnings = _standing(arrays, iqr_rel, ranks * threads, cores, load)
+        return cls(
+            median_s=statistics.pooled_median(arrays),
+            lo_s=lo,
+            hi_s=hi,
+            p10_s=p10,
+            p90_s=p90,
+            iqr_rel=iqr_rel,
+            rounds=len(arrays),
+            iterations=max(len(a) for a in arrays),
+            ranks=ranks,
+            threads=threads,
+            status=status,
+            warnings=warnings,
+            label=label,
+            session=session,
+            samples=tuple(tuple(map(float, a)) for a in arrays),
+        )
+
+    @property
+    def precision(self) -> float:
+        """Half the interval over the median; infinite when there is no interval."""
+        if not math.isfinite(self.hi_s):
+            return math.inf
+        return (self.hi_s - self.lo_s) / 2 / self.median_s
+
+    def ratio(self, other: Timing) -> Ratio:
+        """This time over the other's, paired by round where both were interleaved."""
+        names = (self.label or "this", other.label or "that")
+        paired = bool(self.session) and self.session == other.session
+        paired = paired and self.rounds == other.rounds
+        fewest = min(self.rounds, other.rounds)
+        refused = _refusal(self, other, names, fewest)
+        if fewest < 2:
+            value, lo, hi = self.median_s / other.median_s, math.nan, math.nan
+        elif paired:
+            value, lo, hi = statistics.paired_ratio(self.samples, other.samples)
+        else:
+            value, lo, hi = statistics.unpaired_ratio(self.samples, other.samples)
+        return Ratio(value, lo, hi, fewest, paired, names, refused)
+
+    def __repr__(self) -> str:
+        name = f"{self.label}: " if self.label else ""
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        sure = f"95 % interval {self.lo_s * 1e3:.3g}-{self.hi_s * 1e3:.3g}"
+        if not math.isfinite(self.hi_s):
+            sure = "no interval"
+        text = (
+            f"{name}{milliseconds(self.median_s)} ({sure}, p10-p90 {self.p10_s * 1e3:.3g}-"
+            f"{self.p90_s * 1e3:.3g}, {self.rounds} round{'s' if self.rounds > 1 else ''} x "
+            f"{self.iterations}, {self.ranks} rank{'s' if self.ranks > 1 else ''} x {threads})"
+        )
+        if self.status != "ok":
+            text += f" {self.status.upper()}"
+        return text + (": " + "; ".join(self.warnings) if self.warnings else "")
+
+
+def _standing(
+    arrays: list[np.ndarray], iqr_rel: float, wanted: int, cores: int | None, load: Sequence[str]
+) -> tuple[Status, tuple[str, ...]]:
+    """The label of a cell and the sentences behind it; the gravest label wins."""
+    status: Status = "ok"
+    said: list[str] = []
+    if len(arrays) < statistics.MIN_ROUNDS:
+        said.append(f"{len(arrays)} of at least {statistics.MIN_ROUNDS} rounds: no ratio from it")
+    if iqr_rel > NOISY:
+        status = "contaminated" if iqr_rel > CONTAMINATED else "noisy"
+        said.append(f"IQR/median {iqr_rel:.2f}")
+    if load:
+        status = "contaminated"
+        said.extend(load)
+    if cores is not None and wanted > cores:
+        status = "oversubscribed"
+        said.append(f"{wanted} ranks x threads on {cores} devices: no speed-up is claimed from it")
+    return status, tuple(said)
+
+
+def _refusal(top: Timing, bottom: Timing, names: tuple[str, str], fewest: int) -> str:
+    """Why this ratio may not be used, or the empty string."""
+    for timing, name in zip((top, bottom), names, strict=True):
+        if timing.status in ("contaminated", "oversubscribed"):
+            why = "; ".join(timing.warnings)
+            return f"{name} was {timing.status} ({why}), so the ratio would say nothing"
+    if fewest < statistics.MIN_ROUNDS:
+        return f"only {fewest} rounds, and {statistics.MIN_ROUNDS} are needed to say anything"
+    return ""
