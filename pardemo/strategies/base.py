@@ -175,6 +175,13 @@ def map_tensors(fn: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     return value
 
 
+def call(model: nn.Module, inputs: Any) -> Any:
+    """`model` on a batch's inputs: a tuple is its positional arguments, a dict its named ones."""
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The same batch on `device`."""
     return map_tensors(lambda t: t.to(device, non_blocking=True), batch)
@@ -210,6 +217,22 @@ def take_shard(batch: Any, index: int, count: int) -> tuple[Any, float]:
     start = index * (n // count) + min(index, n % count)
     size = n // count + (index < n % count)
     return map_tensors(lambda t: t[start : start + size], batch), size / n
+
+
+def microbatches(batch: Any, place: Axis, count: int = 1) -> list[tuple[Any, float]]:
+    """This rank's part of the batch in `count` microbatches, each with its global weight.
+
+    Raises StrategyError on every rank alike when some rank would lack a sample for one of them.
+    """
+    smallest = samples(batch) // place.size
+    if smallest < count:
+        raise StrategyError(
+            f"a batch of {samples(batch)} over {place.size} ranks leaves {smallest} samples on some "
+            f"rank: too few for {count} microbatch{'es' if count > 1 else ''}"
+        )
+    mine, share = take_shard(batch, place.rank, place.size)
+    parts = [take_shard(mine, i, count) for i in range(count)]
+    return [(part, share * weight) for part, weight in parts]
 
 
 @torch.no_grad()

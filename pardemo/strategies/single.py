@@ -33,7 +33,7 @@ class Single(base.Step):
         for index in range(self.accumulate):
             part, weight = base.take_shard(batch, index, self.accumulate)
             inputs, targets = base.to_device(part, self.device)
-            value = self.loss(self.model(inputs), targets) * weight
+            value = self.loss(base.call(self.model, inputs), targets) * weight
             value.backward()
             total = total + value.detach()
         base.clip_gradients(self.model.parameters(), self.clip_grad)
