@@ -1,0 +1,8 @@
+"""Run functions on ranks: from a cell, from a script, and unchanged under torchrun."""
+
+from pardemo.launch.api import Ranks, launch
+from pardemo.launch.failure import RankFailed, RankTimeout
+from pardemo.launch.progress import report
+from pardemo.launch.results import Results
+
+__all__ = ["RankFailed", "RankTimeout", "Ranks", "Results", "launch", "report"]

@@ -1,0 +1,166 @@
+"""The kernel's side of one group of ranks: reads everything they say, always, in one thread.
+
+A thread, because ranks also print between two cells, and a full pipe would block them. It only
+collects; the caller's thread takes the events, prints and decides.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import os
+import queue
+import selectors
+import signal
+import termios
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pardemo.launch import servers, watch, wire
+
+_CHUNK_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something rank `rank` said or did: text (out, err, stacks), a message, or its end."""
+
+    rank: int
+    kind: str
+    value: Any
+    body: list[bytearray] | None = None
+
+
+class Group:
+    """`nprocs` rank processes, from their start to the death of the last one."""
+
+    def __init__(self, nprocs: int, start: str) -> None:
+        self.nprocs = nprocs
+        fork = start == "forkserver"
+        self.started = servers.fork_server().start(nprocs) if fork else servers.spawn(nprocs)
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.pids = self.started.pids
+        self.dead: dict[int, int] = {}
+        self.ended = threading.Event()
+        self.closing = False
+        ends = self.started.ends
+        self.channels = [wire.Channel(end.control) for end in ends]
+        self.readers = [wire.Reader(end.control) for end in ends]
+        for end in ends:
+            watch.close_in_children(end.control)
+        self._wake_r, self._wake_w = os.pipe()
+        threading.Thread(target=self._pump, daemon=True, name="pardemo-pump").start()
+
+    def send(self, rank: int, kind: str, body: Sequence[wire.Part] = (), **meta: Any) -> None:
+        """Send to one rank; a rank that is gone is reported by its own event, not here."""
+        with contextlib.suppress(OSError):
+            self.channels[rank].send(kind, body, **meta)
+
+    def signal(self, rank: int, signum: int) -> None:
+        """Send a signal to one rank that is still alive."""
+        if rank in self.pids and rank not in self.dead:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pids[rank], signum)
+
+    @property
+    def alive(self) -> bool:
+        """Whether every rank's process is."""
+        return not self.closing and not self.dead and not self.ended.is_set()
+
+    def kill(self) -> None:
+        """Kill all ranks and what they started; returns when they are gone and all is closed."""
+        self.closing = True
+        for rank, pid in list(self.pids.items()):
+            if rank not in self.dead:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)
+        self.started.stop()
+        with contextlib.suppress(OSError):
+            os.write(self._wake_w, b"x")
+        self.ended.wait(5.0)
+
+    def _pump(self) -> None:
+        """Read until every rank is gone and the group is being closed."""
+        selector = selectors.DefaultSelector()
+        for end in self.started.ends:
+            selector.register(end.control, selectors.EVENT_READ, ("control", end))
+            for name in ("out", "err", "stacks"):
+                selector.register(getattr(end, name), selectors.EVENT_READ, (name, end))
+        for fd in self.started.watch:
+            selector.register(fd, selectors.EVENT_READ, ("watch", None))
+        selector.register(self._wake_r, selectors.EVENT_READ, ("wake", None))
+        try:
+            while not (self.closing and len(self.dead) == self.nprocs):
+                for key, _ in selector.select(timeout=0.5):
+                    if not self._handle(*key.data, key.fd):
+                        selector.unregister(key.fileobj)
+        finally:
+            selector.close()
+            self._close()
+
+    def _handle(self, name: str, end: servers.RankEnd | None, fd: int) -> bool:
+        """Read one descriptor; False when there will be no more from it."""
+        if end is None:
+            return self._read_deaths(fd) if name == "watch" else bool(os.read(fd, 16))
+        if name == "control":
+            return self._read_messages(end)
+        return self._read_text(name, end, _CHUNK_BYTES)
+
+    def _read_deaths(self, fd: int) -> bool:
+        for rank, what, value in self.started.watch[fd]():
+            if what == "pid":
+                self.pids[rank] = value
+            elif what == "exited":
+                self._drain(self.started.ends[rank])
+                self.dead[rank] = value
+                self.events.put(Event(rank, "exited", value))
+            elif what == "closed":  # the fork server is gone, and its ranks with it
+                for missing in set(range(self.nprocs)) - set(self.dead):
+                    self.dead[missing] = -signal.SIGKILL
+                    self.events.put(Event(missing, "exited", -signal.SIGKILL))
+                return False
+            else:
+                self.events.put(Event(rank, what, value))
+        return True
+
+    def _read_messages(self, end: servers.RankEnd) -> bool:
+        reader = self.readers[end.rank]
+        for message in reader.poll():
+            if message.kind in ("returned", "raised"):
+                self._drain(end)
+            self.events.put(Event(end.rank, message.kind, message.meta, message.body))
+        return not reader.closed
+
+    def _drain(self, end: servers.RankEnd) -> None:
+        """Take what the rank had written before now: it goes before the message that follows."""
+        for name in ("out", "err"):
+            waiting = array.array("i", [0])
+            fcntl.ioctl(getattr(end, name), termios.FIONREAD, waiting)
+            if waiting[0]:
+                self._read_text(name, end, waiting[0])
+
+    def _read_text(self, name: str, end: servers.RankEnd, size: int) -> bool:
+        try:
+            data = os.read(getattr(end, name), size)
+        except BlockingIOError:
+            return True
+        if data:
+            self.events.put(Event(end.rank, name, data))
+        return bool(data)
+
+    def _close(self) -> None:
+        self.started.release()
+        for end in self.started.ends:
+            end.close()
+        os.close(self._wake_r)
+        os.close(self._wake_w)
+        self.ended.set()
+
+
+def until(deadline: float | None) -> float:
+    """Seconds left, at least a little, at most an hour (so that an interrupt is seen)."""
+    return 3600.0 if deadline is None else max(0.001, deadline - time.monotonic())

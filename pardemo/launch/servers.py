@@ -1,0 +1,216 @@
+"""How rank processes come to be: forked by this kernel's fork server, or by torch.multiprocessing.spawn.
+
+Both give a `Started`: per rank the kernel's ends of a socket and three pipes, and a way to learn which
+process died of what. Everything above this file is the same for both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import multiprocessing.connection as mpc
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing as mp
+
+from pardemo.launch import rank as rank_module
+from pardemo.launch import watch
+
+
+@dataclass
+class RankEnd:
+    """The kernel's ends of one rank's connections."""
+
+    rank: int
+    control: socket.socket
+    out: int
+    err: int
+    stacks: int
+
+    def close(self) -> None:
+        """Close all of them."""
+        self.control.close()
+        for fd in (self.out, self.err, self.stacks):
+            os.close(fd)
+
+
+@dataclass
+class Started:
+    """A group of rank processes. `watch` maps a descriptor to what to call when it is readable;
+    the call returns events `(rank, what, value)` with `what` in pid, exited, error, closed."""
+
+    ends: list[RankEnd]
+    watch: dict[int, Callable[[], list[tuple[int, str, Any]]]]
+    stop: Callable[[], None]  # kill them all
+    release: Callable[[], None]  # once they are dead
+    pids: dict[int, int] = field(default_factory=dict)
+
+
+def _open_ends(nprocs: int) -> tuple[list[RankEnd], list[list[int]]]:
+    """The kernel's ends, and the descriptors each rank gets."""
+    ends, theirs = [], []
+    for rank in range(nprocs):
+        here, there = socket.socketpair()
+        pipes = [os.pipe() for _ in range(3)]
+        for reading, _ in pipes:
+            os.set_blocking(reading, False)
+        ends.append(RankEnd(rank, here, *(reading for reading, _ in pipes)))
+        theirs.append([there.detach(), *(writing for _, writing in pipes)])
+    return ends, theirs
+
+
+class ForkServer:
+    """This kernel's fork server process; started by the first use, ended by the kernel's end."""
+
+    def __init__(self) -> None:
+        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        environ = dict(os.environ, OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+        package = str(Path(__file__).parents[2])
+        environ["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environ.get("PYTHONPATH")]))
+        command = [
+            sys.executable,
+            "-m",
+            "pardemo.launch.zygote",
+            str(theirs.fileno()),
+            str(os.getpid()),
+        ]
+        self.process = subprocess.Popen(
+            command,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+        theirs.close()
+        self.ready = False
+        os.register_at_fork(after_in_child=self.sock.close)
+
+    def alive(self) -> bool:
+        """Whether it can still fork ranks."""
+        return self.process.poll() is None
+
+    def start(self, nprocs: int) -> Started:
+        """Fork `nprocs` ranks; waits for the fork server's import of torch the first time."""
+        if not self.ready:
+            if self.sock.recv(16) != b"ready":
+                raise RuntimeError(
+                    f"the fork server could not start (exit status {self.process.wait()}); "
+                    "its message is above; start='spawn' does without it"
+                )
+            self.ready = True
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ends, theirs = _open_ends(nprocs)
+        with watch.interrupts_held():
+            socket.send_fds(self.sock, [b"group"], [there.fileno()])
+            there.close()
+            for rank, fds in enumerate(theirs):
+                socket.send_fds(here, [json.dumps({"fork": rank}).encode()], fds)
+                for fd in fds:
+                    os.close(fd)
+        watch.close_in_children(here)
+        watched = {here.fileno(): functools.partial(_read_group, here)}
+        return Started(ends, watched, functools.partial(_end, here), here.close)
+
+
+def _read_group(sock: socket.socket) -> list[tuple[int, str, Any]]:
+    try:
+        data = sock.recv(4096, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return []
+    except OSError:
+        data = b""
+    if not data:
+        return [(-1, "closed", None)]
+    message = json.loads(data)
+    rank = message.pop("rank", -1)
+    return [(rank, key, value) for key, value in message.items()]
+
+
+def _end(sock: socket.socket) -> None:
+    """Tell the fork server that nobody wants this group any more: it kills it."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
+
+
+@functools.cache
+def _server_of(pid: int) -> list[ForkServer]:
+    return []
+
+
+def fork_server() -> ForkServer:
+    """This process's fork server, started where there is none (or it died, or we are a fork)."""
+    kept = _server_of(os.getpid())
+    if not kept or not kept[0].alive():
+        kept[:] = [ForkServer()]
+    return kept[0]
+
+
+def spawn(nprocs: int) -> Started:
+    """Start ranks with torch.multiprocessing.spawn: slower, and works wherever torch does."""
+    ends, theirs = _open_ends(nprocs)
+    connections = [[mpc.Connection(fd) for fd in fds] for fds in theirs]
+    with watch.interrupts_held(), _main_hidden():
+        context = mp.spawn(_spawned, args=(connections, os.getpid()), nprocs=nprocs, join=False)
+    for connection in (c for row in connections for c in row):
+        connection.close()
+    processes = context.processes
+
+    def died(rank: int) -> list[tuple[int, str, Any]]:
+        code = processes[rank].exitcode
+        if code is None:
+            return []
+        _kill_group(processes[rank].pid)
+        return [(rank, "exited", code)]
+
+    def stop() -> None:
+        for process in processes:
+            _kill_group(process.pid)
+
+    def release() -> None:
+        for process in processes:
+            process.join()
+            process.close()
+
+    sentinels = {p.sentinel: functools.partial(died, i) for i, p in enumerate(processes)}
+    return Started(ends, sentinels, stop, release, {i: p.pid for i, p in enumerate(processes)})
+
+
+@contextlib.contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Keep new processes from running this process's script again: functions come by value."""
+    main = vars(sys.modules["__main__"])
+    hidden = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(hidden)
+
+
+def _spawned(rank: int, connections: list[list[Any]], kernel: int) -> None:
+    """What torch.multiprocessing.spawn runs in each new process."""
+    os.setpgid(0, 0)
+    fds = []
+    for index, row in enumerate(connections):
+        for connection in row:
+            if index == rank:
+                fds.append(os.dup(connection.fileno()))
+            connection.close()
+    if os.getppid() != kernel:
+        os._exit(1)
+    rank_module.main(rank, *fds)
+
+
+def _kill_group(pid: int) -> None:
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)

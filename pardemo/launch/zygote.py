@@ -1,0 +1,192 @@
+"""The fork server: one single-threaded process per kernel that has imported torch and forks ranks.
+
+Forking the kernel itself would copy its locks, its OpenMP pool and its CUDA context without the
+threads behind them: a rank that then multiplies two matrices hangs. This process never runs an
+operator, never starts a thread and never touches CUDA, so its fork is safe and takes milliseconds.
+
+It lives in its own session. The kernel holds one socket to it and one per group of ranks; when a
+group's socket ends, for whatever reason, that group is killed with all its children, and when the
+kernel's socket ends, everything is. A kernel that was killed with SIGKILL has closed them too.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from pardemo.launch import rank as rank_module
+
+# Imported one by one while nobody waits: a rank that uses them finds them ready.
+_LATER = [
+    "torch.nn.parallel",
+    "torch.distributed.device_mesh",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+]
+_PR_SET_PDEATHSIG = 1
+_POLL_S = 0.5
+_FDS_PER_RANK = 4
+
+
+@dataclass
+class Group:
+    """The ranks forked for one group, and the socket whose end means: kill them."""
+
+    sock: socket.socket
+    processes: dict[int, Any] = field(default_factory=dict)
+
+
+class ForkServer:
+    """Serves one kernel until its socket closes; then kills every rank and leaves."""
+
+    def __init__(self, sock: socket.socket, kernel_pid: int) -> None:
+        self.sock = sock
+        self.kernel_pid = kernel_pid
+        self.groups: dict[int, Group] = {}
+        self.later = list(_LATER)
+        self.wake_r, self.wake_w = socket.socketpair()
+        self.wake_r.setblocking(False)
+        self.wake_w.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda signum, frame: None)
+        signal.set_wakeup_fd(self.wake_w.fileno(), warn_on_full_buffer=False)
+
+    def serve(self) -> None:
+        """Fork ranks on request, report their deaths; return when the kernel is gone."""
+        self.sock.send(b"ready")
+        while True:
+            fds = [self.sock, self.wake_r, *(group.sock for group in self.groups.values())]
+            readable, _, _ = select.select(fds, [], [], 0.02 if self.later else _POLL_S)
+            if os.getppid() != self.kernel_pid:
+                return
+            if not readable and self.later:
+                importlib.import_module(self.later.pop(0))
+            with contextlib.suppress(BlockingIOError):
+                self.wake_r.recv(4096)
+            self._reap()
+            for group in list(self.groups.values()):
+                if group.sock in readable:
+                    self._serve_group(group)
+            if self.sock in readable and not self._accept():
+                return
+
+    def _accept(self) -> bool:
+        """Take the socket of a new group from the kernel; False when the kernel is gone."""
+        data, fds = _receive(self.sock)
+        for fd in fds:
+            group = Group(socket.socket(fileno=fd))
+            self.groups[fd] = group
+        return bool(data)
+
+    def _serve_group(self, group: Group) -> None:
+        try:
+            data, fds = _receive(group.sock)
+        except ConnectionResetError:
+            data, fds = b"", []
+        if not data:
+            self._end(group)
+            return
+        self._fork(group, json.loads(data)["fork"], fds)
+
+    def _fork(self, group: Group, rank: int, fds: list[int]) -> None:
+        threads = len(os.listdir("/proc/self/task"))
+        if threads != 1 or torch.cuda.is_initialized():
+            _reply(group, error=f"the fork server has {threads} threads: forking is not safe")
+        else:
+            parent = os.getpid()
+            process = mp.get_context("fork").Process(target=self._child, args=(parent, rank, fds))
+            process.start()
+            with contextlib.suppress(OSError):  # the rank does it too: whoever is first
+                os.setpgid(process.pid, process.pid)
+            group.processes[rank] = process
+            _reply(group, rank=rank, pid=process.pid)
+        for fd in fds:
+            os.close(fd)
+
+    def _child(self, parent: int, rank: int, fds: list[int]) -> None:
+        """In the new process: become a rank, tied to the fork server's life."""
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+        os.setpgid(0, 0)
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        inherited = [self.sock, self.wake_r, self.wake_w, *(g.sock for g in self.groups.values())]
+        for sock in inherited:
+            sock.close()
+        rank_module.main(rank, *fds)
+
+    def _reap(self) -> None:
+        for group in self.groups.values():
+            for rank, process in list(group.processes.items()):
+                pid, code = process.pid, process.exitcode
+                if code is None:
+                    continue
+                _kill_group(pid)  # what the rank started and left behind, DataLoader workers
+                process.close()
+                del group.processes[rank]
+                _reply(group, rank=rank, exited=code)
+
+    def _end(self, group: Group) -> None:
+        """Kill what is left of a group, wait for it, and say so by closing its socket."""
+        for rank, process in list(group.processes.items()):
+            _kill_group(process.pid)
+            process.join()
+            _reply(group, rank=rank, exited=process.exitcode)
+            process.close()
+        del self.groups[group.sock.fileno()]
+        group.sock.close()
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
+    data, ancillary, _, _ = sock.recvmsg(
+        4096, socket.CMSG_SPACE(4 * _FDS_PER_RANK), socket.MSG_CMSG_CLOEXEC
+    )
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    return data, list(fds)
+
+
+def _reply(group: Group, **message: Any) -> None:
+    with contextlib.suppress(OSError):  # the kernel may be gone; its end of file will say so
+        group.sock.send(json.dumps(message).encode())
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def main() -> None:
+    """`python -m pardemo.launch.zygote FD KERNEL_PID`: serve the kernel at the other end of FD."""
+    fd, kernel_pid = int(sys.argv[1]), int(sys.argv[2])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    server = ForkServer(socket.socket(fileno=fd), kernel_pid)
+    gc.freeze()
+    try:
+        server.serve()
+    finally:
+        for group in list(server.groups.values()):
+            for process in group.processes.values():
+                _kill_group(process.pid)
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
