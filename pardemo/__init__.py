@@ -1,3 +1,29 @@
-"""pardemo: learn parallel training in PyTorch by measuring it, then plan it for a cluster."""
+"""pardemo: learn parallel training in PyTorch by measuring it, then plan it for a cluster.
+
+from pardemo import machine, launch, Ranks, report     # the four names that every lesson uses
+%load_ext pardemo                                       # %%ranks: a cell on every rank
+"""
+
+from typing import Any
+
+from pardemo.launch import RankFailed, Ranks, RankTimeout, Results, launch, report
+from pardemo.machine import Machine, machine
 
 __version__ = "0.1.0"
+__all__ = [
+    "Machine",
+    "RankFailed",
+    "RankTimeout",
+    "Ranks",
+    "Results",
+    "launch",
+    "machine",
+    "report",
+]
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """`%load_ext pardemo` in a notebook gives `%%ranks` and `%ranks`."""
+    from pardemo.launch.magic import load_ipython_extension as load
+
+    load(shell)
