@@ -16,6 +16,21 @@ Inside a rank
 
 from __future__ import annotations
 
+from pardemo.measure.inside import Case
+from pardemo.measure.rounds import Comparison, compare
+from pardemo.measure.samples import Samples
 from pardemo.measure.timing import Ratio, Timing
+from pardemo.measure.traffic import Counting, Flow, Traffic, count
 
-__all__ = ["Ratio", "Timing"]
+__all__ = [
+    "Case",
+    "Comparison",
+    "Counting",
+    "Flow",
+    "Ratio",
+    "Samples",
+    "Timing",
+    "Traffic",
+    "compare",
+    "count",
+]

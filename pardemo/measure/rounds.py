@@ -1,0 +1,223 @@
+"""compare(): variants in interleaved, shuffled rounds on one warm group of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pardemo.launch import Ranks
+from pardemo.machine import Machine, machine
+from pardemo.measure import inside
+from pardemo.measure.evidence import Look, look, reasons
+from pardemo.measure.inside import Case, Raw
+from pardemo.measure.samples import Block, Phase, Samples
+from pardemo.measure.timing import Ratio, Timing, milliseconds
+
+Progress = Callable[[int, int, str], None]  # (rounds done, rounds at most, what happened)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What compare() found: one Timing per variant, all samples, and why it stopped."""
+
+    timings: Mapping[str, Timing]
+    samples: Samples = field(repr=False)
+    stopped: str
+    load: tuple[str, ...]
+    machine: Machine = field(repr=False)
+
+    def __getitem__(self, name: str) -> Timing:
+        if name not in self.timings:
+            raise KeyError(f"no variant {name!r}; there are {', '.join(self.timings)}")
+        return self.timings[name]
+
+    def ratio(self, name: str, to: str) -> Ratio:
+        """The time of one variant over another's, paired by round."""
+        return self[name].ratio(self[to])
+
+    def __repr__(self) -> str:
+        lines = [repr(timing) for timing in self.timings.values()]
+        return "\n".join([*lines, f"stopped: {self.stopped}"])
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How long to go on: rounds at least and at most, precision wanted, seconds to spend."""
+
+    rounds: int
+    max_rounds: int
+    within: float
+    budget_s: float
+
+
+def compare(
+    cases: Mapping[str, Case],
+    *,
+    ranks: Ranks | None = None,
+    rounds: int = 8,
+    max_rounds: int = 40,
+    budget_s: float = 60.0,
+    within: float = 0.05,
+    iterations: int | None = None,
+    warmup: int = 5,
+    seed: int = 0,
+    pin: bool = True,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Time the steps of several cases so that they may be compared.
+
+    Every case is built and warmed up once (`warmup` flagged iterations). Then rounds follow; in
+    each, every case runs once, in shuffled order, after two flagged iterations. `iterations` per
+    round is chosen (0.2 s of work, 3 to 50) unless given. At least `rounds` rounds run; more, up
+    to `max_rounds`, until every interval lies within `within` of its median or `budget_s` seconds
+    are spent. Each rank is pinned to its own core(s) where there are enough.
+    """
+    if not cases:
+        raise ValueError("nothing to compare: pass at least one case")
+    if rounds < 1 or max_rounds < rounds:
+        raise ValueError(f"rounds={rounds} to max_rounds={max_rounds} is not a range of rounds")
+    size = max(case.ranks for case in cases.values())
+    plan = _Plan(rounds, max_rounds, within, budget_s)
+    with contextlib.ExitStack() as stack:
+        if ranks is None:
+            ranks = stack.enter_context(Ranks(size, timeout=max(60.0, 2 * budget_s)))
+        if size > ranks.setup.nprocs:
+            raise ValueError(f"a case wants {size} ranks, the group has {ranks.setup.nprocs}")
+        session = uuid.uuid4().hex
+        stack.callback(_finish, ranks, session)
+        return _run(dict(cases), ranks, plan, session, iterations, warmup, seed, pin, progress)
+
+
+def _finish(ranks: Ranks, session: str) -> None:
+    """Let the ranks forget the session, where they still live."""
+    group = ranks._session
+    if group is not None and group.alive:
+        ranks(inside.finish, session)
+
+
+def _run(
+    cases: dict[str, Case],
+    ranks: Ranks,
+    plan: _Plan,
+    session: str,
+    iterations: int | None,
+    warmup: int,
+    seed: int,
+    pin: bool,
+    progress: Progress | None,
+) -> Comparison:
+    """Warm up, go round until the plan is met, summarise."""
+    here, clock, before = machine(), time.perf_counter(), look()
+    own_before = time.process_time()
+    warm = list(ranks(inside.prepare, session, cases, warmup, pin))
+    blocks = [_block(name, -1, 0, "warmup", warm) for name in cases if warmup]
+    counts = _iterations(cases, blocks, plan, iterations)
+    shuffler = random.Random(seed)
+    done, stopped = 0, ""
+    timings: dict[str, Timing] = {}
+    while not stopped:
+        order = shuffler.sample(list(cases), len(cases))
+        taken = list(ranks(inside.run_round, session, order, counts, min(2, warmup)))
+        for place, name in enumerate(order):
+            for index, phase in enumerate(("warmup", "measure")):
+                if index or warmup:
+                    part = [{n: pair[index] for n, pair in rank.items()} for rank in taken]
+                    blocks.append(_block(name, done, place, phase, part))  # type: ignore[arg-type]
+        done += 1
+        samples = Samples(tuple(blocks))
+        timings = _summaries(cases, samples, here, session, {})
+        stopped = _stop(plan, done, timings, time.perf_counter() - clock)
+        if progress is not None:
+            progress(done, plan.max_rounds, stopped or _worst(timings))
+    own = sum(ranks(inside.cpu_seconds, session)) + time.process_time() - own_before
+    load = _load(cases, before, own, here)
+    every = tuple(dict.fromkeys(said for reasons_ in load.values() for said in reasons_))
+    timings = _summaries(cases, samples, here, session, load)
+    return Comparison(timings, samples, stopped, every, here)
+
+
+def _block(
+    name: str, number: int, place: int, phase: Phase, per_rank: Sequence[Mapping[str, Raw]]
+) -> Block:
+    raws = [taken[name] for taken in per_rank if name in taken]
+    columns = ("start_s", "wall_s", "waited_s", "switches")
+    arrays: list[Any] = [np.array([getattr(raw, c) for raw in raws]) for c in columns]
+    return Block(name, number, place, phase, *arrays)
+
+
+def _iterations(
+    cases: Mapping[str, Case], warm: Sequence[Block], plan: _Plan, wanted: int | None
+) -> dict[str, int]:
+    """Iterations per round: 0.2 s of work, 3 to 50, fewer where the budget would not hold them."""
+    if wanted is not None:
+        if wanted < 1:
+            raise ValueError(f"iterations={wanted}: at least 1 is needed")
+        return dict.fromkeys(cases, wanted)
+    expected = {block.variant: float(np.median(block.step_s)) for block in warm}
+    share = plan.budget_s / plan.rounds / len(cases)
+    counts = {}
+    for name in cases:
+        step = expected.get(name, 0.02)
+        counts[name] = max(1, min(50, max(3, math.ceil(0.2 / step)), int(share / step)))
+    return counts
+
+
+def _summaries(
+    cases: Mapping[str, Case],
+    samples: Samples,
+    here: Machine,
+    session: str,
+    load: Mapping[str, list[str]],
+) -> dict[str, Timing]:
+    timings = {}
+    for name, case in cases.items():
+        cores = here.devices * (case.threads if here.gpus else 1)
+        timings[name] = Timing.of(
+            samples.rounds(name),
+            ranks=case.ranks,
+            threads=case.threads,
+            cores=cores,
+            load=load.get(name, []),
+            label=case.label or name,
+            session=session,
+        )
+    return timings
+
+
+def _load(
+    cases: Mapping[str, Case], before: Look, own_s: float, here: Machine
+) -> dict[str, list[str]]:
+    """Signs of other work during the session, for each case by the cores it wanted."""
+    after = look()
+    said = {}
+    for name, case in cases.items():
+        wanted = 1.0 if here.gpus else min(case.ranks * case.threads, here.cores)
+        said[name] = reasons(before, after, own_s, wanted, here.cores)
+    return said
+
+
+def _stop(plan: _Plan, done: int, timings: Mapping[str, Timing], spent_s: float) -> str:
+    """Why to stop now, or the empty string. The floor of rounds comes before the budget."""
+    if done < plan.rounds:
+        return ""
+    if all(timing.precision <= plan.within for timing in timings.values()):
+        return f"every interval lies within {plan.within:.0%} of its median after {done} rounds"
+    if spent_s >= plan.budget_s:
+        return f"the {plan.budget_s:g} s budget was spent after {done} rounds; {_worst(timings)}"
+    if done >= plan.max_rounds:
+        return f"{done} rounds, the most allowed; {_worst(timings)}"
+    return ""
+
+
+def _worst(timings: Mapping[str, Timing]) -> str:
+    name, timing = max(timings.items(), key=lambda item: item[1].precision)
+    sure = f"within {timing.precision:.0%}" if timing.precision < 2 else "no useful interval yet"
+    return f"least certain: {name} {milliseconds(timing.median_s)}, {sure}"

@@ -1,0 +1,99 @@
+"""Every sample that was taken, warm-up included: nothing is thrown away, everything is flagged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Phase = Literal["warmup", "measure"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The iterations of one variant in one round: arrays of shape (ranks, iterations).
+
+    Times in seconds; `start_s` on the host's monotonic clock, which ranks of one host share.
+    `round` is -1 for the first warm-up; `order` is the variant's place in its round.
+    """
+
+    variant: str
+    round: int
+    order: int
+    phase: Phase
+    start_s: NDArray[np.float64]
+    wall_s: NDArray[np.float64]
+    waited_s: NDArray[np.float64]
+    switches: NDArray[np.int64]
+
+    @property
+    def step_s(self) -> NDArray[np.float64]:
+        """The step's time: the maximum over ranks, per iteration."""
+        return self.wall_s.max(axis=0)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The table of all samples of one session."""
+
+    blocks: tuple[Block, ...] = field(repr=False)
+
+    @property
+    def variants(self) -> list[str]:
+        """The names, in the order in which they first ran."""
+        return list(dict.fromkeys(block.variant for block in self.blocks))
+
+    def of(self, variant: str, phase: Phase = "measure") -> list[Block]:
+        """The blocks of one variant, by round. KeyError names what there is."""
+        if variant not in self.variants:
+            raise KeyError(f"no variant {variant!r}; there are {', '.join(self.variants)}")
+        found = [b for b in self.blocks if b.variant == variant and b.phase == phase]
+        return sorted(found, key=lambda block: block.round)
+
+    def rounds(self, variant: str) -> list[NDArray[np.float64]]:
+        """Step times (maximum over ranks) of each measured round."""
+        return [block.step_s for block in self.of(variant)]
+
+    def skew(self, variant: str) -> float:
+        """Median over iterations of (slowest - fastest rank) / slowest."""
+        parts = [1 - b.wall_s.min(axis=0) / b.wall_s.max(axis=0) for b in self.of(variant)]
+        return float(np.median(np.concatenate(parts)))
+
+    def waited(self, variant: str) -> float:
+        """Share of the measured time that ranks spent ready but without a core."""
+        blocks = self.of(variant)
+        return float(sum(b.waited_s.sum() for b in blocks) / sum(b.wall_s.sum() for b in blocks))
+
+    def rows(self) -> Iterable[dict[str, Any]]:
+        """One dict per rank and iteration: the raw record."""
+        for b in self.blocks:
+            for rank, iteration in np.ndindex(*b.wall_s.shape):
+                yield {
+                    "variant": b.variant,
+                    "round": b.round,
+                    "order": b.order,
+                    "phase": b.phase,
+                    "iteration": iteration,
+                    "rank": rank,
+                    "start_s": float(b.start_s[rank, iteration]),
+                    "wall_s": float(b.wall_s[rank, iteration]),
+                    "waited_s": float(b.waited_s[rank, iteration]),
+                    "switches": int(b.switches[rank, iteration]),
+                }
+
+    def frame(self) -> Any:
+        """The same as a pandas DataFrame."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.rows()))
+
+    def __repr__(self) -> str:
+        measured = sum(b.wall_s.size for b in self.blocks if b.phase == "measure")
+        warm = sum(b.wall_s.size for b in self.blocks) - measured
+        return (
+            f"{measured} samples of {len(self.variants)} variants, and {warm} of warm-up, "
+            f"one per rank and iteration"
+        )

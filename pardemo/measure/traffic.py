@@ -1,0 +1,203 @@
+"""Count the bytes of the collectives and device copies that really run, by kind, group and phase.
+
+A TorchDispatchMode sees every operator of the thread, so it sees what Python calls, what DDP's
+reducer calls from C++ inside backward, what DTensor and FSDP2 issue, and point-to-point. It does
+not see what other threads call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_post_hook as after_every_step
+from torch.optim.optimizer import register_optimizer_step_pre_hook as before_every_step
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pardemo.measure import volumes
+
+Phase = Literal["forward", "backward", "optimizer"]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """All calls of one kind on one group in one phase, as one rank made them in one step.
+
+    `payload_bytes` is the sum of whole arrays; `sent_bytes` what this rank put on the wire;
+    `textbook_bytes` what the usual algorithm would have sent (`note` explains a difference).
+    """
+
+    kind: str
+    group: str
+    phase: Phase
+    ranks: int
+    calls: int
+    payload_bytes: int
+    sent_bytes: float
+    textbook_bytes: float
+    note: str = ""
+
+    def __repr__(self) -> str:
+        said = f": {self.note}" if self.note else ""
+        return (
+            f"{self.phase}: {self.calls} x {self.kind} on {self.group} ({self.ranks} ranks), "
+            f"payload {self.payload_bytes / 1e6:.3f} MB, sent {self.sent_bytes / 1e6:.3f} MB{said}"
+        )
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Everything one rank sent in one step. Filters: kind=, group=, phase=."""
+
+    rank: int
+    flows: tuple[Flow, ...]
+
+    def where(self, **which: str) -> list[Flow]:
+        """The flows that match; TypeError for a filter that is not kind, group or phase."""
+        for name in which:
+            if name not in ("kind", "group", "phase"):
+                raise TypeError(f"no filter {name!r}: filter by kind=, group= or phase=")
+        return [f for f in self.flows if all(getattr(f, n) == v for n, v in which.items())]
+
+    def calls(self, **which: str) -> int:
+        """How many calls match."""
+        return sum(flow.calls for flow in self.where(**which))
+
+    def payload_bytes(self, **which: str) -> int:
+        """Bytes of the whole arrays of the calls that match."""
+        return sum(flow.payload_bytes for flow in self.where(**which))
+
+    def sent_bytes(self, **which: str) -> float:
+        """Bytes this rank put on the wire for the calls that match."""
+        return sum(flow.sent_bytes for flow in self.where(**which))
+
+    @property
+    def textbook_bytes(self) -> float:
+        """What the usual algorithms would have sent; differs from sent_bytes() only by `notes`."""
+        return sum(flow.textbook_bytes for flow in self.flows)
+
+    @property
+    def notes(self) -> list[str]:
+        """Why sent bytes differ from the textbook's, by name."""
+        return list(dict.fromkeys(flow.note for flow in self.flows if flow.note))
+
+    def __repr__(self) -> str:
+        if not self.flows:
+            return f"rank {self.rank} sends nothing"
+        head = f"rank {self.rank} sends {self.sent_bytes() / 1e6:.3f} MB per step"
+        return "\n  ".join([head, *map(repr, self.flows)])
+
+
+class Counting(TorchDispatchMode):
+    """Context that counts; `.traffic()` afterwards (or in between) says what was seen.
+
+    The phase of a collective is "backward" while autograd runs a graph, "optimizer" inside
+    Optimizer.step, else "forward". A point-to-point outside of autograd takes the phase of the
+    work beside it: a send that of the last operator, a receive that of the next.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[volumes.Call, Phase]] = []
+        self._waiting: list[int] = []  # receives whose phase the next operator will tell
+        self._in_optimizer = 0
+        self._last: Phase = "forward"
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Counting:
+        def enter(*_: Any) -> None:
+            self._in_optimizer += 1
+
+        def leave(*_: Any) -> None:
+            self._in_optimizer -= 1
+            self._last = "forward"
+
+        self._hooks = [before_every_step(enter), after_every_step(leave)]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+        self._settle("forward")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        phase = self._phase()
+        if func.namespace in volumes.NAMESPACES:
+            name = func._schema.name.split("::")[1]
+            for call in volumes.read(name, args):
+                self._add(call, phase)
+        else:
+            self._settle(phase)
+            self._last = phase
+        out = func(*args, **(kwargs or {}))
+        if func in _COPIES:
+            self._note_copy(func, args, out, phase)
+        return out
+
+    def _phase(self) -> Phase:
+        if self._in_optimizer:
+            return "optimizer"
+        if torch._C._current_graph_task_id() != -1:  # type: ignore[attr-defined]
+            return "backward"
+        return "forward"
+
+    def _add(self, call: volumes.Call, phase: Phase) -> None:
+        if phase == "forward" and call.kind == "send":
+            phase = self._last
+        if phase == "forward" and call.kind == "recv":
+            self._waiting.append(len(self._calls))
+        self._calls.append((call, phase))
+
+    def _settle(self, phase: Phase) -> None:
+        while self._waiting:
+            at = self._waiting.pop()
+            self._calls[at] = (self._calls[at][0], phase)
+
+    def _note_copy(self, func: Any, args: tuple[Any, ...], out: Any, phase: Phase) -> None:
+        source = args[1] if func is _COPIES[0] else args[0]
+        if not isinstance(source, torch.Tensor) or source.device == out.device:
+            return
+        size = source.numel() * out.element_size()
+        where = f"{source.device}->{out.device}"
+        self._calls.append((volumes.Call("copy", where, 1, size, size, size), phase))
+
+    def traffic(self) -> Traffic:
+        """What was counted so far."""
+        seen: dict[tuple[Any, ...], list[volumes.Call]] = {}
+        for call, phase in self._calls:
+            key = (call.kind, call.group, phase, call.ranks, call.note)
+            seen.setdefault(key, []).append(call)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return Traffic(rank, tuple(_flow(key, calls) for key, calls in seen.items()))
+
+
+_COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+
+
+def _flow(key: tuple[Any, ...], calls: list[volumes.Call]) -> Flow:
+    kind, group, phase, ranks, note = key
+    return Flow(
+        kind=kind,
+        group=group,
+        phase=phase,
+        ranks=ranks,
+        calls=len(calls),
+        payload_bytes=sum(call.payload_bytes for call in calls),
+        sent_bytes=sum(call.sent_bytes for call in calls),
+        textbook_bytes=sum(call.textbook_bytes for call in calls),
+        note=note,
+    )
+
+
+def count(step: Callable[[], object]) -> Traffic:
+    """Run `step` once on this rank and count what it sends (call it on every rank)."""
+    with Counting() as counting:
+        step()
+    return counting.traffic()
