@@ -2,7 +2,8 @@
 
 A TorchDispatchMode sees every operator of the thread, so it sees what Python calls, what DDP's
 reducer calls from C++ inside backward, what DTensor and FSDP2 issue, and point-to-point. It does
-not see what other threads call.
+not see what other threads call. A mesh that spans all ranks uses the default group, so its axis
+is called "world".
 """
 
 from __future__ import annotations
@@ -196,8 +197,14 @@ def _flow(key: tuple[Any, ...], calls: list[volumes.Call]) -> Flow:
     )
 
 
-def count(step: Callable[[], object]) -> Traffic:
-    """Run `step` once on this rank and count what it sends (call it on every rank)."""
+def count(step: Callable[[], object], warmup: int = 0) -> Traffic:
+    """Run `step` once on this rank and count what it sends (call it on every rank).
+
+    `warmup` steps run uncounted first: DDP rebuilds its buckets, and broadcasts their new order,
+    in the second step.
+    """
+    for _ in range(warmup):
+        step()
     with Counting() as counting:
         step()
     return counting.traffic()

@@ -98,7 +98,7 @@ _OPERATORS: dict[str, tuple[str, int, bool]] = {
     "barrier": ("barrier", -1, False),
     "monitored_barrier_": ("barrier", -1, False),
 }
-_QUIET = {"wait_tensor", "check_for_nan"}
+_QUIET = {"wait_tensor", "check_for_nan", "_wrap_tensor_autograd"}
 
 
 def read(name: str, args: tuple[Any, ...]) -> list[Call]:
@@ -182,7 +182,7 @@ def _group_of(args: tuple[Any, ...]) -> Any:
             return dist.ProcessGroup.unbox(arg)
     for arg in reversed(args):
         if isinstance(arg, str):
-            return _resolve_process_group(arg)
+            return _resolve_process_group(arg)  # type: ignore[arg-type]
     raise LookupError(f"no process group among {args}")
 
 
