@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .parameters import Refused
+
+if TYPE_CHECKING:
+    from .records import Store
+
+RESULTS = Path("results")
+DELEGATED = {
+    "plan": "predict step time, memory and layouts for a cluster",
+    "score": "score the predictor on published runs",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 failed, 2 refused, 130 stopped)."""
-    arguments = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in DELEGATED:
+        return _delegate(words[0], words[1:])
+    arguments = parser().parse_args(words)
     try:
         return int(arguments.run(arguments) or 0)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("stopped; `pardemo bench` with the same sweep goes on where it was", file=sys.stderr)
         return 130
-    except (Refused, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         if arguments.debug:
             raise
         print(f"pardemo: {error}", file=sys.stderr)
-        return 2 if isinstance(error, Refused) else 1
+        return 2 if isinstance(error, ValueError) else 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,17 +46,129 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    machine = verbs.add_parser("machine", help="print the machine card")
-    machine.set_defaults(run=_machine)
-
-    notebooks = verbs.add_parser("notebooks", help="re-execute notebooks in place")
-    notebooks.add_argument("names", nargs="*", help="04_ddp or 04; without a name: all of them")
-    notebooks.add_argument(
+    _add_bench(verbs)
+    _add_records(verbs)
+    verbs.add_parser("machine", help="print the machine card").set_defaults(run=_machine)
+    books = verbs.add_parser("notebooks", help="re-execute notebooks in place")
+    books.add_argument("names", nargs="*", help="04_ddp or 04; without a name: all of them")
+    books.add_argument(
         "--mock", action="store_true", help="with the tests' small values; files stay as they are"
     )
-    notebooks.set_defaults(run=_notebooks)
+    books.set_defaults(run=_notebooks)
+    lab = verbs.add_parser("lab", help="open JupyterLab on the first lesson")
+    lab.add_argument("--port", type=int, help="a fixed port; by default the first free one")
+    lab.add_argument("--no-browser", action="store_true", help="print the address only")
+    lab.set_defaults(run=_lab)
+    for name, text in DELEGATED.items():
+        verbs.add_parser(name, help=text, add_help=False)
     return top
+
+
+def _add_bench(verbs: argparse._SubParsersAction) -> None:
+    bench = verbs.add_parser("bench", help="run benchmark notebooks and write a report")
+    bench.add_argument("names", nargs="*", metavar="NAME", help="strategies, scaling, ...")
+    bench.add_argument(
+        "-p", nargs=2, action="append", dest="pairs", metavar=("NAME", "VALUE"),
+        help="a parameter of the notebook, for instance -p workload gpt-mini",
+    )  # fmt: skip
+    bench.add_argument("--sweep", type=Path, help="a YAML file: benchmark, parameters, grid")
+    bench.add_argument("--results", type=Path, default=RESULTS, help="folder for records, reports")
+    bench.add_argument(
+        "--parameters", action="store_true", help="print the parameters of NAME and stop"
+    )
+    bench.set_defaults(run=_bench)
+
+
+def _add_records(verbs: argparse._SubParsersAction) -> None:
+    listed = verbs.add_parser("records", help="list or export what was measured")
+    listed.add_argument("run_id", nargs="?", metavar="RUN", help="the cases of one run")
+    listed.add_argument("--results", type=Path, default=RESULTS)
+    listed.add_argument("--export", type=Path, help="write .jsonl, .csv or .parquet")
+    listed.add_argument("--samples", action="store_true", help="export raw samples, not cases")
+    listed.set_defaults(run=_records)
+    compared = verbs.add_parser("compare", help="two runs, cell by cell")
+    compared.add_argument("a", metavar="A", help="run id, its beginning, or last-1")
+    compared.add_argument("b", metavar="B", help="run id, its beginning, or last")
+    compared.add_argument("--results", type=Path, default=RESULTS)
+    compared.add_argument(
+        "--threshold", type=float, default=0.05,
+        help="exit 1 when B is surely slower than A by more than this share (0.05)",
+    )  # fmt: skip
+    compared.set_defaults(run=_compare)
+
+
+def _delegate(verb: str, words: list[str]) -> int:
+    """`plan` and `score` parse their own arguments; here only errors are put in one line."""
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    module = importlib.import_module(f"pardemo.predict.{verb}_cli")
+    try:
+        return int(module.main(words) or 0)
+    except (ValueError, RuntimeError, OSError) as error:
+        if debug:
+            raise
+        print(f"pardemo {verb}: {error}", file=sys.stderr)
+        return 2
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from . import bench, notebooks, sweep
+
+    if arguments.sweep is not None:
+        if arguments.names or arguments.pairs:
+            raise Refused("--sweep says it all: give either a sweep or a name with -p, not both")
+        plan = sweep.load(arguments.sweep)
+        return bench.run(plan.cases, arguments.results, plan)
+    names = arguments.names or sweep.benchmarks()
+    if arguments.parameters:
+        for name in names:
+            path = notebooks.find(name, "benchmarks")
+            print(f"{path.stem}:")
+            print("\n".join(f"  {line!r}" for line in notebooks.parameters(path).values()))
+        return 0
+    given = bench.as_pairs(arguments.pairs)
+    return bench.run([sweep.checked(name, given) for name in names], arguments.results)
+
+
+def _records(arguments: argparse.Namespace) -> int:
+    from . import records
+
+    store = _existing(arguments.results)
+    run = store.find(arguments.run_id) if arguments.run_id else None
+    if arguments.export is not None:
+        count = records.export(store, arguments.export, run.id if run else None, arguments.samples)
+        print(f"{count} rows in {arguments.export}")
+        return 0
+    if run is None:
+        for row in store.runs():
+            print(f"{row!r}  {len(store.cases(row.id))} cases")
+        return 0
+    print(f"{run!r}\nparameters {run.parameters}\ncommit {run.environment['commit'] or 'unknown'}")
+    for case in store.cases(run.id):
+        timing = records.timing(store, case)
+        print(f"  {timing!r}" if timing else f"  {case!r}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from . import records
+
+    store = _existing(arguments.results)
+    found = records.compare(store, store.find(arguments.a), store.find(arguments.b))
+    print(found)
+    slower = found.regressions(arguments.threshold)
+    for cell in slower:
+        print(f"REGRESSION {cell.name}: slower by more than {arguments.threshold:.0%}")
+    return 1 if slower else 0
+
+
+def _existing(results: Path) -> Store:
+    from . import records
+
+    path = results / "pardemo.sqlite"
+    if not path.exists():
+        raise Refused(f"no records in {results}; `pardemo bench` makes some")
+    return records.open(path)
 
 
 def _machine(_: argparse.Namespace) -> int:
@@ -49,6 +176,12 @@ def _machine(_: argparse.Namespace) -> int:
 
     print(machine().card())
     return 0
+
+
+def _lab(arguments: argparse.Namespace) -> int:
+    from . import lab
+
+    return lab.run(arguments.port, not arguments.no_browser)
 
 
 def _notebooks(arguments: argparse.Namespace) -> int:

@@ -112,6 +112,7 @@ def execute(
                 cwd=str(path.parent),
                 progress_bar=False,
                 execution_timeout=timeout_s,
+                autosave_cell_every=2,
                 extra_arguments=QUIET_KERNEL,
             )
         except papermill.PapermillExecutionError as error:
