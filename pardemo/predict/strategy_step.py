@@ -1,0 +1,178 @@
+"""Predict a strategy's step from parts that were measured alone: compute, curves, optimiser.
+
+T = compute of the slowest rank + bubble + exposed transfer + optimiser + launch. Nothing is
+assumed hidden: `overlap.hidden_share` of the profile was measured on this machine, and is about 0
+where ranks share cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pardemo.predict.collectives import Curve
+from pardemo.predict.model import Layers
+from pardemo.predict.prediction import Prediction, Term, human
+from pardemo.predict.profile import Profile, ProfileError
+from pardemo.predict.schedules import schedule as simulate
+from pardemo.predict.sent import SentBytes
+
+OVERLAPS = ("ddp", "fsdp", "zero1", "zero2", "zero3", "hsdp")
+CHAINS = ("pipeline", "model_parallel")
+
+
+class Refused(ValueError):
+    """A prediction the evidence cannot support; the message says what to measure."""
+
+
+def compute_seconds(layers: Layers, batch: float, profile: Profile) -> tuple[float, float, str]:
+    """(forward, backward, evidence) seconds of one process on `batch` samples.
+
+    Every layer's FLOPs are looked up on the calibrated curve of its kind ("whole" where a kind was
+    not calibrated). ProfileError when nothing was.
+    """
+    kinds = layers.kinds or ("linear",) * len(layers.names)
+    curves: dict[tuple[str, str], Curve] = {}
+    for kind in set(kinds):
+        rows = [r for r in profile.compute if r["kind"] == kind]
+        rows = rows or [r for r in profile.compute if r["kind"] in ("whole", "linear")]
+        if not rows:
+            raise ProfileError(f"{profile.name}: no compute point for {kind!r}; run calibrate()")
+        for way in ("forward_s", "backward_s"):
+            sizes, times = [r["flops"] for r in rows], [max(r[way], 1e-12) for r in rows]
+            curves[kind, way] = Curve("send", 1, 1, sizes, times)
+    forward = backward = 0.0
+    outside = False
+    for kind, flops in zip(kinds, layers.flops, strict=True):
+        if flops <= 0:
+            continue
+        f, seen = curves[kind, "forward_s"](flops * batch)
+        b, _ = curves[kind, "backward_s"](flops * batch)
+        outside |= "extrapolated" in seen
+        forward, backward = forward + f, backward + b
+    text = f"{profile.cite}, compute by layer kind"
+    return forward, backward, f"extrapolated: {text}" if outside else text
+
+
+def transfer_seconds(sent: SentBytes, ranks: int, nodes: int, profile: Profile) -> list[Term]:
+    """One term per message: calls x the curve at the size of one call, not hidden at all."""
+    curves = profile.curves()
+    out = []
+    for m in sent.messages:
+        each = m.payload_bytes / m.calls
+        group = 2 if m.kind in ("send", "recv") else ranks
+        one, evidence = curves.time(m.kind, group, nodes, each)
+        formula = f"{m.calls} x {m.kind} of {human(each, 'bytes')}"
+        out.append(Term(f"{m.axis} {m.kind}", formula, m.calls * one, "s", evidence))
+    return out
+
+
+def strategy_step(
+    strategy: str,
+    profile: Profile,
+    ranks: int = 1,
+    compute_s: float | None = None,
+    layers: Layers | None = None,
+    batch: int = 0,
+    sent: SentBytes | None = None,
+    parameters: float = 0,
+    microbatches: int = 1,
+    nodes: int = 1,
+    shares: Sequence[float] | None = None,
+    schedule: str = "gpipe",
+    chunks: int = 1,
+    forward_share: float = 1 / 3,
+    oversubscribed: float = 1.0,
+) -> Prediction:
+    """Seconds of one step of `strategy` on `ranks` ranks.
+
+    `compute_s`: one process's forward + backward on the GLOBAL batch (or give `layers` and
+    `batch`). `sent`: from `sent_bytes`. `shares`: each stage's part of the compute (default equal).
+    `parameters`: those one rank's optimiser updates. `oversubscribed`: ranks per core, where above
+    1. Refused without curves for what is sent.
+    """
+    evidence = "given: one process, measured"
+    if compute_s is None:
+        if layers is None or batch < 1:
+            raise ValueError("give compute_s, or layers and batch")
+        f, b, evidence = compute_seconds(layers, batch, profile)
+        compute_s, forward_share = f + b, f / (f + b)
+    parts = _compute_terms(
+        strategy, compute_s, ranks, microbatches, shares, schedule, chunks, forward_share, evidence
+    )
+    parts[0] = _scaled(parts[0], oversubscribed)
+    if sent is not None and sent.total > 0:
+        try:
+            moved = transfer_seconds(sent, ranks, nodes, profile)
+        except LookupError as error:
+            raise Refused(str(error)) from None
+        hidden = profile.overlap.get("hidden_share", 0.0) if strategy in OVERLAPS else 0.0
+        parts += [_scaled(t, 1 - hidden, f"(1 - {hidden:g} hidden) x ") for t in moved]
+    if parameters and profile.optimizer:
+        each = float(profile.optimizer["seconds_per_parameter"])
+        fixed = float(profile.optimizer.get("fixed_s", 0.0))
+        text = f"{parameters:.4g} parameters x {human(each, 's')} + {human(fixed, 's')}"
+        parts.append(Term("optimizer", text, parameters * each + fixed, "s", profile.cite))
+    launch = profile.launch.get("step_s", 0.0)
+    launch += microbatches * profile.launch.get("microbatch_s", 0.0)
+    if launch:
+        parts.append(Term("launch", "per step + m x per microbatch", launch, "s", profile.cite))
+    lo, hi = _interval(parts, profile)
+    return Prediction(f"step of {strategy} on {ranks} ranks", tuple(parts), "s", lo, hi)
+
+
+def _compute_terms(
+    strategy: str,
+    compute_s: float,
+    ranks: int,
+    m: int,
+    shares: Sequence[float] | None,
+    schedule: str,
+    chunks: int,
+    forward_share: float,
+    evidence: str,
+) -> list[Term]:
+    """The slowest rank's own work, and for chains the waiting around it."""
+    if strategy == "single" or ranks == 1:
+        return [Term("compute", "one process", compute_s, "s", evidence)]
+    if strategy not in CHAINS:
+        return [Term("compute", f"one process / {ranks}", compute_s / ranks, "s", evidence)]
+    stages = ranks * chunks
+    part = np.asarray(shares if shares is not None else np.full(stages, 1 / stages), float)
+    part = part / part.sum() * compute_s / m
+    if strategy == "model_parallel":
+        schedule, chunks = "gpipe", 1
+    run = simulate(
+        schedule, ranks, m, part * forward_share, part * (1 - forward_share), chunks=chunks
+    )
+    busy = max(run.busy)
+    waits = run.time - busy
+    wait_text = f"{schedule} simulated: {100 * waits / run.time:.0f} % of the slowest rank's step"
+    return [
+        Term("compute", f"slowest stage x {m} microbatches", busy, "s", evidence),
+        Term("bubble", wait_text, waits, "s", evidence),
+    ]
+
+
+def _scaled(t: Term, factor: float, text: str = "") -> Term:
+    return Term(t.name, text + t.formula, t.value * factor, t.unit, t.evidence)
+
+
+def _interval(parts: Sequence[Term], profile: Profile) -> tuple[float, float]:
+    """Spread of the calibration rounds, added in square to the profile's residual."""
+    rows = [*profile.collectives, *profile.compute]
+    spreads = []
+    for row in rows:
+        rounds = np.asarray(row.get("rounds_s", []), float)
+        if rounds.ndim == 2:
+            rounds = rounds.sum(axis=1)
+        if len(rounds) >= 4 and np.median(rounds) > 0:
+            draws = np.random.default_rng(0).choice(rounds, (200, len(rounds)))
+            medians = np.median(draws, axis=1) / np.median(rounds)
+            spreads.append(float(np.quantile(medians, 0.95) - np.quantile(medians, 0.05)) / 2)
+    rounds_part = float(np.median(spreads)) if spreads else 0.1
+    model_part = float((profile.residual or {"p90": 0.2})["p90"])
+    spread = float(np.hypot(rounds_part, model_part))
+    total = sum(t.value for t in parts)
+    return total / (1 + spread), total * (1 + spread)
