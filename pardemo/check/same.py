@@ -83,7 +83,7 @@ def same(results: Any, reference: Any, tolerance: float | None = None) -> Verdic
         steps = {d.step for d in found if d.step is not None}
         return Verdict(
             PASSED,
-            f"{_count(ranks, 'rank')} equal one process"
+            f"{_count(ranks, 'rank')} equal{'' if ranks > 1 else 's'} one process"
             f"{f' after each of {len(steps)} steps' if steps else ''}: "
             f"{len(found)} values compared, largest difference {worst.difference:.1e} "
             f"({worst.name or 'value'}, tolerance {worst.tolerance:.0e} of its scale)",

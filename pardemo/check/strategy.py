@@ -11,6 +11,7 @@ import torch.distributed as dist
 from pardemo import strategies
 from pardemo.check.same import Trace, same
 from pardemo.check.verdict import Verdict
+from pardemo.launch import launch
 from pardemo.strategies import Step, Strategy, StrategyError, base
 from pardemo.workloads import Workload, workload
 
@@ -35,27 +36,26 @@ def strategy(
     `which` is a registered name, a Strategy, or a build function (whose mesh has `axes`). One
     `batch_size` per step may be given, so that a last odd batch is covered. float64 leaves an
     error of the algorithm nowhere to hide; `tolerance` is for strategies that round on purpose.
-    `ranks` takes a warm `launch.Ranks`. Raises StrategyError when the strategy does not fit.
+    `ranks` takes a warm `launch.Ranks` of `nprocs` ranks. Raises StrategyError when the strategy
+    does not fit.
     """
     work = workload(work) if isinstance(work, str) else work
     row = find(which, axes)
-    sizes = (
-        [batch_size or work.batch_size] * steps
-        if not isinstance(batch_size, Sequence)
-        else batch_size
-    )
+    given = batch_size if batch_size is not None else work.batch_size
+    sizes = list(given) if isinstance(given, Sequence) else [given] * steps
     against = row.reasons_against(work.make_model(0), nprocs, min(sizes))
     if against:
         raise StrategyError(f"{row.name} does not fit {work.name}: {'; '.join(against)}")
-    from pardemo.launch import launch  # here, so that verdicts do not need ranks
-
     devices, knobs = row.place(nprocs, knobs)
-    arguments = (row, work, list(sizes), dtype, shape, knobs)
-    if ranks is not None and len(ranks) == devices:
+    arguments = (row, work, sizes, dtype, shape, knobs)
+    results: Any
+    if devices == 1:
+        results = [train(*arguments, alone=True)]
+    elif ranks is not None:
         results = ranks(train, *arguments)
     else:
         results = launch(train, *arguments, nprocs=devices, timeout=timeout)
-    reference = train(strategies.get("single"), work, list(sizes), dtype, (), {}, alone=True)
+    reference = train(strategies.get("single"), work, sizes, dtype, (), {}, alone=True)
     return same(results, reference, tolerance)
 
 

@@ -22,6 +22,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pardemo.strategies.cut import StrategyError as StrategyError
+from pardemo.strategies.cut import check_pieces as check_pieces
 from pardemo.strategies.cut import cut as cut
 from pardemo.strategies.cut import cut_by_hand as cut_by_hand
 from pardemo.strategies.cut import parameter_costs as parameter_costs
@@ -227,8 +228,8 @@ def microbatches(batch: Any, place: Axis, count: int = 1) -> list[tuple[Any, flo
     smallest = samples(batch) // place.size
     if smallest < count:
         raise StrategyError(
-            f"a batch of {samples(batch)} over {place.size} ranks leaves {smallest} samples on some "
-            f"rank: too few for {count} microbatch{'es' if count > 1 else ''}"
+            f"a batch of {samples(batch)} over {place.size} ranks leaves {smallest} samples on "
+            f"some rank: too few for {count} microbatch{'es' if count > 1 else ''}"
         )
     mine, share = take_shard(batch, place.rank, place.size)
     parts = [take_shard(mine, i, count) for i in range(count)]

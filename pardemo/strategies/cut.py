@@ -18,7 +18,7 @@ def pieces(model: nn.Module) -> list[tuple[str, nn.Module]]:
     prefixes of the model's state_dict keys. Any other model raises StrategyError.
     """
     if hasattr(model, "sequence"):
-        return list(model.sequence())
+        return list(model.sequence())  # type: ignore[operator]
     if isinstance(model, nn.Sequential):
         return list(model.named_children())
     raise StrategyError(
@@ -26,6 +26,17 @@ def pieces(model: nn.Module) -> list[tuple[str, nn.Module]]:
         "parts. Give it a method `sequence()` that returns [(name, module), ...] whose composition "
         "is forward, or make it an nn.Sequential."
     )
+
+
+def check_pieces(model: nn.Module, parts: Sequence[tuple[str, nn.Module]]) -> None:
+    """Raise StrategyError when a parameter of `model` is in none of its pieces."""
+    inside = {id(p) for _, module in parts for p in module.parameters()}
+    lost = [name for name, p in model.named_parameters() if id(p) not in inside]
+    if lost:
+        raise StrategyError(
+            f"{', '.join(lost)} belong{'s' if len(lost) == 1 else ''} to no piece of "
+            f"{type(model).__name__}.sequence(): a stage could not train it"
+        )
 
 
 def parameter_costs(parts: Sequence[tuple[str, nn.Module]]) -> list[int]:

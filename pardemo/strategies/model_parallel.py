@@ -1,0 +1,90 @@
+"""The model in consecutive parts on several devices, one part at work at a time (naive).
+
+Split: the layers. Sent: at each of the n-1 boundaries the activations of the batch forward and
+their gradient backward, 2 A bytes per boundary and step (A bytes of one boundary's activations); of
+a parameter that two parts share, the gradient there and back. Idle: every device waits for the
+others, (n-1)/n of the time when parts are equal. Memory: each device holds its part's parameters,
+gradients, optimiser state and activations. The pipeline strategies keep the cut and fill the waits.
+
+where="ranks": part r on rank r; activations travel by send and recv. where="devices": all parts in
+one process, on cuda:0, cuda:1, ...; without GPUs all of them are the CPU and a transfer is only
+counted. Cut: balanced by parameters, by given `costs`, or by hand (`starts`: the names of the
+pieces at which part 1, 2, ... begin).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from pardemo.strategies import base
+from pardemo.strategies.parts_on_devices import OnDevices, device_names
+from pardemo.strategies.parts_on_ranks import OnRanks
+
+
+def build(
+    model: nn.Module, make_optimizer: base.MakeOptimizer, loss: base.Loss,
+    mesh: DeviceMesh | None = None, *, where: str = "ranks",
+    devices: int | Sequence[str] = 2, costs: Sequence[float] | None = None,
+    starts: Sequence[str] | None = None, clip_grad: float | None = None,
+) -> base.Step:  # fmt: skip
+    """Cut `model` and place its parts on the ranks of the axis "pp", or on devices."""
+    if where not in ("ranks", "devices"):
+        raise base.StrategyError(f"where={where!r}: parts are put on 'ranks' or on 'devices'")
+    place = base.axis(mesh, "pp")
+    if where == "ranks":
+        base.broadcast_module(model.to(base.this_device(mesh)), place.group)
+        parts = cut_model(model, place.size, costs, starts)
+        return OnRanks(model, parts, make_optimizer, loss, place, base.this_device(mesh), clip_grad)
+    names = device_names(devices, base.this_device(mesh))
+    parts = cut_model(model, len(names), costs, starts)
+    return OnDevices(model, parts, make_optimizer, loss, names, clip_grad)
+
+
+def cut_model(
+    model: nn.Module, count: int, costs: Sequence[float] | None, starts: Sequence[str] | None
+) -> list[list[tuple[str, nn.Module]]]:
+    """The model's pieces, grouped into `count` parts; each rank finds the same ones."""
+    found = base.pieces(model)
+    base.check_pieces(model, found)
+    if starts is not None:
+        ranges = base.cut_by_hand([name for name, _ in found], starts, count)
+    else:
+        costs = base.parameter_costs(found) if costs is None else costs
+        if len(costs) != len(found):
+            raise base.StrategyError(
+                f"{len(found)} pieces need {len(found)} costs, got {len(costs)}"
+            )
+        ranges = base.cut(costs, count)
+    return [[found[i] for i in part] for part in ranges]
+
+
+def reasons_against(model: nn.Module, world_size: int, batch_size: int) -> list[str]:
+    """Models that do not say their order, or have fewer pieces than devices."""
+    try:
+        found = base.pieces(model)
+        base.cut(base.parameter_costs(found), world_size)
+        base.check_pieces(model, found)
+    except base.StrategyError as error:
+        return [str(error)]
+    return []
+
+
+STRATEGY = base.Strategy(
+    name="model_parallel",
+    title="model parallel (naive)",
+    axes=("pp",),
+    build=build,
+    reasons_against=reasons_against,
+    one_process=lambda knobs: knobs.get("where") == "devices",
+    knobs={
+        "where": "ranks (one process per part) or devices (one process for all)",
+        "devices": "how many devices, or their names (where='devices')",
+        "costs": "cost of each piece; default its parameters",
+        "starts": "names of the pieces at which part 1, 2, ... begin",
+        "clip_grad": "largest global gradient norm",
+    },
+    lesson="05_model_parallelism",
+)
