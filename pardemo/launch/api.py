@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
+from pardemo.launch import progress, torchrun
 from pardemo.launch.results import Results
 from pardemo.launch.session import Session, Setup
 from pardemo.machine import machine
@@ -29,27 +31,33 @@ def launch(
 ) -> Results:
     """Run `fn(*args, **kwargs)` on `nprocs` new ranks and return their values, one per rank.
 
-    Inside, torch.distributed's default process group is ready and Python, NumPy and torch are seeded
-    with `seed + rank`. The function may come from a cell. Tensors come back detached, on the CPU.
+    Inside, torch.distributed's default process group is ready and Python, NumPy and torch are
+    seeded with `seed + rank`. The function may come from a cell. Tensors come back detached, on
+    the CPU. Under torchrun the function runs in place, as one rank of torchrun's world.
 
     nprocs: ranks; by default one per device, at least 2. threads: torch threads of each rank.
     timeout: seconds the ranks may take before RankTimeout; None for no limit.
-    start: "forkserver", or "spawn" for torch.multiprocessing.spawn. backend: by default nccl where every
-    rank has a GPU, else gloo; "none" leaves init_process_group to `fn`. seed: None for a new one each
-    time. echo: print what ranks print. env: variables for the ranks. debug: check every collective's
-    kind and shape on all ranks first (TORCH_DISTRIBUTED_DEBUG=DETAIL), slow and exact.
+    start: "forkserver", or "spawn" for torch.multiprocessing.spawn.
+    backend: by default nccl where every rank has its own GPU, else gloo; "none" leaves
+    init_process_group to `fn`. seed: None for a new one each time. echo: print what ranks print.
+    env: more variables for the ranks. debug: have torch compare every collective's kind and shape
+    between ranks first (TORCH_DISTRIBUTED_DEBUG=DETAIL): slow, and exact about mismatches.
 
-    Raises RankFailed, which names the rank at fault.
+    Raises RankFailed, which names the rank at fault; RankTimeout with every rank's stack.
     """
     ranks = Ranks(nprocs, threads, timeout, start, backend, seed, echo, env, debug)
     try:
-        return ranks._run(fn, args, kwargs, last=True)
+        return ranks.run(fn, args, kwargs, last=True)
     finally:
         ranks.close()
 
 
 class Ranks:
-    """Ranks that stay, with their state, for several calls: `with Ranks(2) as ranks: ranks(fn)`."""
+    """Ranks that stay, with their state, for several calls: `with Ranks(2) as ranks: ranks(fn)`.
+
+    Takes the options of `launch`; `timeout` is that of each call. After a failure or a stop the
+    ranks are gone: the next call says so and starts new ones.
+    """
 
     def __init__(
         self,
@@ -63,23 +71,24 @@ class Ranks:
         env: dict[str, str] | None = None,
         debug: bool = False,
     ) -> None:
-        here = machine()
-        count = max(2, here.devices) if nprocs is None else nprocs
-        if count < 1:
-            raise ValueError(f"nprocs must be at least 1, not {count}")
-        if start not in ("forkserver", "spawn"):
-            raise ValueError(f"start must be 'forkserver' or 'spawn', not {start!r}")
-        if start == "forkserver" and sys.platform != "linux":
-            start = "spawn"  # forking a process that has loaded torch is safe on Linux only
-        if backend is None:
-            backend = "nccl" if 0 < count <= len(here.gpus) else "gloo"
+        if progress.in_rank():
+            raise RuntimeError(
+                "this already runs on a rank: launch from the notebook or the script"
+            )
+        self.in_place = torchrun.active()
+        self.wanted = nprocs
         self.echo = echo
-        self.setup = Setup(count, threads, timeout, start, backend, seed, env or {}, debug)
+        count = max(2, machine().devices) if nprocs is None else nprocs
+        chosen = backend if self.in_place else _backend(backend, count)
+        self.setup = Setup(
+            count, threads, timeout, _start(start), chosen or "", seed, env or {}, debug
+        )
         self._session: Session | None = None
         self._lost = False
 
     def __enter__(self) -> Ranks:
-        self._ready()
+        if not self.in_place:
+            self._ready()
         return self
 
     def __exit__(
@@ -91,55 +100,81 @@ class Ranks:
         self.close()
 
     def __call__(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Results:
-        """Run `fn(*args, **kwargs)` on every rank; what it leaves in `__main__` stays there."""
-        return self._run(fn, args, kwargs, last=False)
+        """Run `fn(*args, **kwargs)` on every rank; what it defines globally stays there."""
+        return self.run(fn, args, kwargs)
 
     def push(self, **values: Any) -> None:
-        """Set variables in every rank's `__main__`."""
-        self._run(_push, (values,), {}, last=False)
+        """Set global variables on every rank."""
+        self.run(_push, (values,), {})
 
     def pull(self, name: str) -> list[Any]:
-        """A variable of every rank's `__main__`, by rank."""
-        return list(self._run(_pull, (name,), {}, last=False))
+        """A global variable of every rank, by rank."""
+        return list(self.run(_pull, (name,), {}))
+
+    def status(self) -> list[dict[str, Any]]:
+        """Of each rank: its number, process id, device, memory in bytes, and whether it lives."""
+        from pardemo.launch.status import status
+
+        return status(self._session.group if self._session else None, self.setup)
 
     def close(self) -> None:
         """End the ranks; the next call starts new ones."""
         if self._session is not None:
-            self._session.close()
+            self._finalizer()
             self._session = None
 
     def _ready(self) -> Session:
         if self._session is not None and not self._session.alive:
-            self._session.close()
-            self._session, self._lost = None, True
+            self.close()
+            self._lost = True
         if self._session is None:
             if self._lost:
                 print(f"note: {self.setup.nprocs} new ranks; the state of the old ones is gone")
             self._session, self._lost = Session(self.setup, self.echo), False
+            self._finalizer = weakref.finalize(self, self._session.close)
         return self._session
 
-    def _run(
+    def run(
         self,
         fn: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        last: bool,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        last: bool = False,
         only: list[int] | None = None,
     ) -> Results:
+        """Run a call on all ranks, or on those in `only`; the `last` one ends the ranks."""
+        if self.in_place:
+            return torchrun.run(fn, args, kwargs, self.wanted, self.setup)
         began = time.monotonic()
         session = self._ready()
         ready_s = time.monotonic() - began
         session.output.clear()
-        values = session.call(fn, args, kwargs, last, only)
+        values = session.call(fn, tuple(args), kwargs, last, only)
         return Results(
             values=tuple(values.values()),
             nprocs=self.setup.nprocs,
             threads=self.setup.threads,
-            backend=self.setup.backend,
+            backend="nccl" if "nccl" in self.setup.backend else self.setup.backend,
             ready_s=ready_s,
             elapsed_s=time.monotonic() - began,
             output=session.output.text(),
         )
+
+
+def _start(start: str) -> str:
+    if start not in ("forkserver", "spawn"):
+        raise ValueError(f"start must be 'forkserver' or 'spawn', not {start!r}")
+    if sys.platform != "linux":
+        return "spawn"  # forking a process that has loaded torch is safe on Linux only
+    return start
+
+
+def _backend(backend: str | None, nprocs: int) -> str:
+    if nprocs < 1:
+        raise ValueError(f"nprocs must be at least 1, not {nprocs}")
+    if backend in (None, "nccl") and nprocs <= len(machine().gpus):
+        return "cpu:gloo,cuda:nccl"
+    return backend or "gloo"
 
 
 def _push(values: dict[str, Any]) -> None:

@@ -1,27 +1,30 @@
-"""Which rank was at fault, and how to say it.
+"""Which rank was at fault.
 
 When one rank fails, the others fail too: their connections break. The first report to arrive, and
 even the earliest in time, is often such a consequence. So all reports are collected for a moment,
-and the cause is looked for in this order: an error that is not about a connection, or a process that
-died; a rank that returned while others waited for it; ranks that were running different collectives;
-a rank that was elsewhere while the others waited.
+and the cause is looked for in this order: an error that is not about a connection, or a process
+that died; a rank that returned while others waited for it; ranks that called different collectives;
+a rank that was elsewhere, or behind, while the others waited.
 """
 
 from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-_CONSEQUENCE = re.compile(
+_CONNECTION = re.compile(
     r"connection (closed|reset|refused|was (closed|reset))|broken pipe|timed? ?out|timeout"
-    r"|remote process exited|socket (is )?closed|pair closure|failed to recv|gloo.*transport"
+    r"|remote process exited|socket (is )?closed|pair closure|failed to recv"
     r"|monitoredBarrier|communicator was aborted|ncclRemoteError|store (is )?not available",
-    re.IGNORECASE | re.DOTALL,
+    re.IGNORECASE,
 )
+_TRANSPORT = re.compile(r"gloo|nccl|c10d|ProcessGroup|TCPStore|monitoredBarrier", re.IGNORECASE)
+_SIZES = re.compile(r"gloo.*(preamble|EnforceNotMet|enforce fail)|Detected mismatch", re.DOTALL)
 _BARRIER = re.compile(r"Rank (\d+) failed to pass monitoredBarrier", re.IGNORECASE)
+_EVEN = {"all_reduce", "allreduce", "broadcast", "all_gather", "reduce_scatter", "reduce"}
 
 
 class RankFailed(Exception):
@@ -32,13 +35,16 @@ class RankFailed(Exception):
         self.rank = rank
         self.ranks = dict(ranks)
 
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.rank, self.ranks)
+
     def _render_traceback_(self) -> list[str]:
         """What IPython shows: the rank's traceback is the news, this package's frames are not."""
         return [f"{type(self).__name__}: {self}"]
 
 
 class RankTimeout(RankFailed):
-    """The ranks had not returned after `timeout` seconds; the message shows every rank's stack."""
+    """The ranks had not returned after `timeout` seconds; the message shows their stacks."""
 
 
 @dataclass
@@ -53,6 +59,7 @@ class Outcome:
     code: int = 0
     where: dict[str, Any] = field(default_factory=dict)
     dump: str = ""
+    state: str = ""
 
     @property
     def failed(self) -> bool:
@@ -62,11 +69,11 @@ class Outcome:
     @property
     def consequence(self) -> bool:
         """Whether this is how a failure elsewhere looks from this rank."""
-        if self.kind != "raised":
-            return False
         return any(
-            is_runtime and _CONSEQUENCE.search(message) is not None
-            for _, is_runtime, message in self.meta["chain"]
+            link["runtime"]
+            and _CONNECTION.search(link["message"])
+            and (link["in_torch"] or _TRANSPORT.search(link["message"]))
+            for link in self.meta.get("chain", [])
         )
 
     @property
@@ -75,51 +82,37 @@ class Outcome:
         found: dict[str, dict[str, Any]] = (self.where or self.meta).get("collectives", {})
         return found
 
+    @property
+    def open_collectives(self) -> dict[str, dict[str, Any]]:
+        """Those of them that had not completed."""
+        return {name: entry for name, entry in self.collectives.items() if not entry["retired"]}
+
 
 def culprit(outcomes: Mapping[int, Outcome]) -> tuple[int, str]:
-    """The rank at fault and the headline that says why.
-
-    `outcomes` has every rank of the group; at least one has failed or time is up.
-    """
+    """The rank at fault and a headline that says why; `outcomes` has every rank of the call."""
     every = list(outcomes.values())
-    causes = [o for o in every if o.failed and not o.consequence]
-    if causes:
-        first = min(causes, key=lambda o: o.at)
-        return first.rank, headline(first)
-    named = _named_by_barrier(every)
-    returned = sorted((o for o in every if o.kind == "returned"), key=lambda o: o.at)
-    if returned:
-        left = [o for o in every if o.kind != "returned"]
-        doing = _doing(left[0]) if left else ""
-        return returned[0].rank, (
-            f"rank {returned[0].rank} returned while {_ranks([o.rank for o in left])} still "
-            f"waited{' in ' + doing if doing else ''}"
-        )
+    causes = sorted((o for o in every if o.failed and not o.consequence), key=lambda o: o.at)
     mismatch = _mismatch(every)
-    if mismatch:
+    if mismatch and all(_SIZES.search(o.meta.get("message", "")) for o in causes):
         return mismatch
-    if named is not None:
-        return named, f"rank {named} did not reach the barrier in time"
-    elsewhere = [o for o in every if o.kind == "waiting" and not o.where.get("inside")]
-    if elsewhere and len(elsewhere) < len(every):
-        return elsewhere[0].rank, f"rank {elsewhere[0].rank} did not come while the others waited"
-    failed = sorted((o for o in every if o.failed), key=lambda o: o.at)
-    if failed:
-        return failed[0].rank, headline(failed[0])
-    return every[0].rank, f"{_ranks([o.rank for o in every])} waited for each other"
+    if causes:
+        return causes[0].rank, headline(causes[0], len(every))
+    return _left(every) or _named_by_barrier(every) or _late(every) or _nobody(every)
 
 
-def headline(outcome: Outcome) -> str:
+def headline(outcome: Outcome, nprocs: int) -> str:
     """One line: what this rank failed of."""
+    who = f"rank {outcome.rank} of {nprocs}"
     if outcome.kind == "died":
-        return f"rank {outcome.rank} {_death(outcome.code)}"
+        return f"{who} {death(outcome.code)}"
     name, message = outcome.meta["error"], outcome.meta["message"]
-    return f"rank {outcome.rank} raised {name}{': ' + message if message else ''}"
+    return f"{who} raised {name}{': ' + message if message else ''}"
 
 
-def _death(code: int) -> str:
+def death(code: int) -> str:
+    """In words, how a process ended: status `code`, or signal `-code`."""
     if code >= 0:
-        return f"ended its process with status {code} before it returned (os._exit?)"
+        return f"ended its process with status {code} before it returned, as os._exit does"
     name = signal.Signals(-code).name
     hint = {
         "SIGKILL": ", as the kernel does to a process when memory runs out",
@@ -128,41 +121,97 @@ def _death(code: int) -> str:
     return f"was killed by signal {name}{hint}"
 
 
-def _named_by_barrier(every: list[Outcome]) -> int | None:
-    for outcome in every:
-        found = (
-            _BARRIER.search(outcome.meta.get("message", "")) if outcome.kind == "raised" else None
-        )
-        if found:
-            return int(found.group(1))
-    return None
+def is_left_alone(waiting: Outcome, returned: Sequence[Outcome]) -> bool:
+    """Whether `waiting` is in a collective that a member which has returned never called."""
+    for name, entry in waiting.open_collectives.items():
+        for gone in returned:
+            called = gone.collectives.get(name, {"seq": 0})["seq"]
+            if gone.rank in entry["ranks"] and called < entry["seq"]:
+                return True
+    return False
+
+
+def _left(every: list[Outcome]) -> tuple[int, str] | None:
+    """The first rank that returned while another did not."""
+    returned = sorted((o for o in every if o.kind == "returned"), key=lambda o: o.at)
+    if not returned:
+        return None
+    left = [o for o in every if o.kind != "returned"]
+    first = next((o for o in returned if any(is_left_alone(w, [o]) for w in left)), returned[0])
+    waited = "" if all(o.kind == "waiting" and not _blocked(o) for o in left) else " waited for it"
+    if not waited:
+        return left[
+            0
+        ].rank, f"{_ranks(left)} was still running when {_ranks(returned)} had returned"
+    return first.rank, f"rank {first.rank} of {len(every)} returned while {_ranks(left)}{waited}"
 
 
 def _mismatch(every: list[Outcome]) -> tuple[int, str] | None:
     """Ranks whose newest collective of one group has the same number but is another call."""
-    groups = {name for o in every for name in o.collectives}
-    for name in sorted(groups):
+    for name in sorted({name for o in every for name in o.collectives}):
         seen = {o.rank: o.collectives[name] for o in every if name in o.collectives}
         calls = {rank: _call(entry) for rank, entry in seen.items()}
         if len({entry["seq"] for entry in seen.values()}) == 1 and len(set(calls.values())) > 1:
             counts = list(calls.values())
             odd = min(calls, key=lambda rank: (counts.count(calls[rank]), -rank))
             said = "; ".join(f"rank {rank} called {call}" for rank, call in calls.items())
-            number = seen[odd]["seq"]
-            return odd, f"ranks disagree about collective number {number}: {said}"
+            return odd, f"ranks disagree about collective number {seen[odd]['seq']}: {said}"
     return None
 
 
 def _call(entry: dict[str, Any]) -> str:
+    name = entry["name"]
+    if name not in _EVEN:
+        return f"{name}(...)"  # sizes may differ between ranks by right
     sizes = ", ".join("x".join(map(str, size)) or "scalar" for size in entry["sizes"])
-    return f"{entry['name']}({sizes} {'/'.join(sorted(set(entry['dtypes'])))})"
+    return f"{name}({sizes} {'/'.join(sorted(set(entry['dtypes'])))})"
 
 
-def _doing(outcome: Outcome) -> str:
-    return str(outcome.where.get("inside") or "")
+def _named_by_barrier(every: list[Outcome]) -> tuple[int, str] | None:
+    for outcome in every:
+        found = _BARRIER.search(outcome.meta.get("message", ""))
+        if found:
+            named = int(found.group(1))
+            return named, f"rank {named} of {len(every)} did not reach the barrier in time"
+    return None
 
 
-def _ranks(ranks: list[int]) -> str:
+def _blocked(outcome: Outcome) -> bool:
+    """Whether a rank waits for another one, as far as its stack and its collectives tell."""
+    return bool(outcome.where.get("inside") or outcome.open_collectives)
+
+
+def _late(every: list[Outcome]) -> tuple[int, str] | None:
+    """The rank that was elsewhere, or the fewest collectives in, while the others waited."""
+    elsewhere = [o for o in every if o.kind == "waiting" and not _blocked(o)]
+    if elsewhere and len(elsewhere) < len(every):
+        who, others = elsewhere[0], [o for o in every if o not in elsewhere]
+        return (
+            who.rank,
+            f"rank {who.rank} of {len(every)} did not come while {_ranks(others)} waited",
+        )
+    for name in sorted({name for o in every for name in o.collectives}):
+        counts = {o.rank: o.collectives[name]["seq"] for o in every if name in o.collectives}
+        behind = min(counts, key=lambda rank: counts[rank])
+        if len(set(counts.values())) > 1:
+            return behind, (
+                f"rank {behind} of {len(every)} is at collective number {counts[behind]}, "
+                f"others are at number {max(counts.values())}"
+            )
+    return None
+
+
+def _nobody(every: list[Outcome]) -> tuple[int, str]:
+    failed = sorted((o for o in every if o.failed), key=lambda o: o.at)
+    if failed:
+        return failed[0].rank, headline(failed[0], len(every))
+    if any(_blocked(o) for o in every):
+        return every[0].rank, f"{_ranks(every)} waited for each other"
+    return every[0].rank, f"{_ranks(every)} were still running"
+
+
+def _ranks(outcomes: Sequence[Outcome]) -> str:
+    ranks = [str(o.rank) for o in outcomes]
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
-    return "ranks " + ", ".join(map(str, ranks[:-1])) + f" and {ranks[-1]}"
+    return "ranks " + ", ".join(ranks[:-1]) + f" and {ranks[-1]}"

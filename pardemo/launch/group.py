@@ -15,9 +15,9 @@ import selectors
 import signal
 import termios
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pardemo.launch import servers, watch, wire
@@ -36,12 +36,18 @@ class Event:
 
 
 class Group:
-    """`nprocs` rank processes, from their start to the death of the last one."""
+    """`nprocs` rank processes, from their start to the death of the last one.
 
-    def __init__(self, nprocs: int, start: str) -> None:
+    `start` is "forkserver", "spawn", or a function that starts them elsewhere (a node of a lab).
+    """
+
+    def __init__(self, nprocs: int, start: str | Callable[[int], servers.Started]) -> None:
         self.nprocs = nprocs
-        fork = start == "forkserver"
-        self.started = servers.fork_server().start(nprocs) if fork else servers.spawn(nprocs)
+        if callable(start):
+            self.started = start(nprocs)
+        else:
+            fork = start == "forkserver"
+            self.started = servers.fork_server().start(nprocs) if fork else servers.spawn(nprocs)
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.pids = self.started.pids
         self.dead: dict[int, int] = {}
@@ -66,6 +72,14 @@ class Group:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pids[rank], signum)
 
+    def state(self, rank: int) -> str:
+        """The process state of a rank as /proc has it: R, S, D, T (stopped), Z; "" if unknown."""
+        try:
+            text = Path(f"/proc/{self.pids[rank]}/stat").read_text()
+        except (OSError, KeyError):
+            return ""
+        return text.rsplit(")", 1)[1].split()[0]
+
     @property
     def alive(self) -> bool:
         """Whether every rank's process is."""
@@ -74,14 +88,17 @@ class Group:
     def kill(self) -> None:
         """Kill all ranks and what they started; returns when they are gone and all is closed."""
         self.closing = True
-        for rank, pid in list(self.pids.items()):
-            if rank not in self.dead:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(pid, signal.SIGKILL)
+        self._kill_known()
         self.started.stop()
         with contextlib.suppress(OSError):
             os.write(self._wake_w, b"x")
         self.ended.wait(5.0)
+
+    def _kill_known(self) -> None:
+        for rank, pid in list(self.pids.items()):
+            if rank not in self.dead:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)
 
     def _pump(self) -> None:
         """Read until every rank is gone and the group is being closed."""
@@ -95,8 +112,9 @@ class Group:
         selector.register(self._wake_r, selectors.EVENT_READ, ("wake", None))
         try:
             while not (self.closing and len(self.dead) == self.nprocs):
-                for key, _ in selector.select(timeout=0.5):
-                    if not self._handle(*key.data, key.fd):
+                for key, _ in selector.select():
+                    name, end = key.data
+                    if not self._handle(name, end, key.fd):
                         selector.unregister(key.fileobj)
         finally:
             selector.close()
@@ -119,6 +137,7 @@ class Group:
                 self.dead[rank] = value
                 self.events.put(Event(rank, "exited", value))
             elif what == "closed":  # the fork server is gone, and its ranks with it
+                self._kill_known()
                 for missing in set(range(self.nprocs)) - set(self.dead):
                     self.dead[missing] = -signal.SIGKILL
                     self.events.put(Event(missing, "exited", -signal.SIGKILL))
@@ -159,8 +178,3 @@ class Group:
         os.close(self._wake_r)
         os.close(self._wake_w)
         self.ended.set()
-
-
-def until(deadline: float | None) -> float:
-    """Seconds left, at least a little, at most an hour (so that an interrupt is seen)."""
-    return 3600.0 if deadline is None else max(0.001, deadline - time.monotonic())

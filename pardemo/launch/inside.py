@@ -10,7 +10,7 @@ import traceback
 import types
 from typing import Any
 
-import torch._C._distributed_c10d as c10d
+import torch
 import torch.distributed as dist
 
 _HERE = os.path.dirname(__file__)
@@ -26,7 +26,7 @@ def where(thread_id: int) -> dict[str, Any]:
     frame = sys._current_frames().get(thread_id)
     frames = learner_frames(traceback.extract_stack(frame)) if frame else traceback.StackSummary()
     own = [f for f in frames if "/torch/" not in f.filename]
-    called = [f.name for f in frames if "/torch/distributed/" in f.filename and f.name != "wrapper"]
+    called = [f.name for f in frames if "/torch/distributed/" in f.filename]
     return {
         "stack": "".join(frames.format()),
         "line": f'File "{own[-1].filename}", line {own[-1].lineno}' if own else "",
@@ -36,8 +36,12 @@ def where(thread_id: int) -> dict[str, Any]:
 
 
 def learner_frames(frames: traceback.StackSummary) -> traceback.StackSummary:
-    """The frames below this package's and multiprocessing's."""
-    kept = [f for f in frames if not f.filename.startswith(_MACHINERY)]
+    """The frames below this package's and multiprocessing's, without torch's logging wrapper."""
+    kept = [
+        f
+        for f in frames
+        if not f.filename.startswith(_MACHINERY) and not f.filename.endswith("c10d_logger.py")
+    ]
     return traceback.StackSummary.from_list(kept)
 
 
@@ -50,6 +54,20 @@ def format_error(error: BaseException) -> str:
         part.stack = learner_frames(part.stack)
         seen += [cause for cause in (part.__cause__, part.__context__) if cause]
     return "".join(report.format())
+
+
+def safe_text(error: BaseException) -> str:
+    """str(error), for errors whose own __str__ fails as well."""
+    try:
+        return str(error)
+    except Exception as second:  # the learner's code; what it raised is all there is to say
+        return f"<its message cannot be shown: {type(second).__name__}>"
+
+
+def raised_in_torch(error: BaseException) -> bool:
+    """Whether torch raised it, and not the learner's own code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and "/torch/" in frames[-1].filename
 
 
 def chain(error: BaseException) -> list[BaseException]:
@@ -65,12 +83,13 @@ def chain(error: BaseException) -> list[BaseException]:
 def collectives() -> dict[str, dict[str, Any]]:
     """By process group: its ranks and this rank's newest collective there.
 
-    `seq` counts the group's collectives from 1, `retired` says whether it has completed. Point-to-point
-    calls are not recorded by gloo; the stack shows them.
+    `seq` counts the group's collectives from 1, `retired` says whether it has completed.
+    Point-to-point calls are not recorded by gloo; the stack shows them.
     """
     if not dist.is_available() or not dist.is_initialized():
         return {}
-    dump = json.loads(c10d._dump_fr_trace_json(includeCollectives=True, onlyActive=False))
+    recorder: Any = torch._C._distributed_c10d  # private, and the only way to the recorder
+    dump = json.loads(recorder._dump_fr_trace_json(includeCollectives=True, onlyActive=False))
     members = {
         group.group_name: dist.get_process_group_ranks(group)
         for group in list(dist.distributed_c10d._world.pg_map)

@@ -52,7 +52,8 @@ def pack(value: Any, what: str, detach: bool = False) -> tuple[list[Part], dict[
     `detach` drops requires_grad from tensors (values on their way back). `what` names the value
     in the Unsendable that is raised when some part of it cannot be pickled.
     """
-    file, buffers = io.BytesIO(), []
+    file = io.BytesIO()
+    buffers: list[pickle.PickleBuffer] = []
     pickler = _Pickler(file, buffers, detach)
     try:
         pickler.dump(value)
@@ -103,8 +104,8 @@ def _reduce_tensor(tensor: torch.Tensor, detach: bool) -> Any:
     data = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     raw = data.reshape(-1).view(torch.uint8) if data.numel() else torch.empty(0, dtype=torch.uint8)
     grad = tensor.requires_grad and not detach
-    buffer = pickle.PickleBuffer(raw.numpy())
-    return _rebuild_tensor, (buffer, data.dtype, tuple(data.shape), grad)
+    storage: Any = raw.numpy()
+    return _rebuild_tensor, (pickle.PickleBuffer(storage), data.dtype, tuple(data.shape), grad)
 
 
 def _rebuild_tensor(
@@ -170,7 +171,8 @@ def _flat(value: Any) -> list[tuple[str, Any]]:
 
 def _size(value: Any) -> int:
     """Bytes of `value` once pickled; -1 when it cannot be."""
-    file, buffers = io.BytesIO(), []
+    file = io.BytesIO()
+    buffers: list[pickle.PickleBuffer] = []
     try:
         _Pickler(file, buffers, detach=False).dump(value)
     except Exception:  # whatever a __reduce__ raises, it means the same here

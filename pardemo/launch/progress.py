@@ -40,6 +40,11 @@ def listen(reporter: Reporter) -> None:
     _listener = reporter
 
 
+def in_rank() -> bool:
+    """Whether this process is a rank that a kernel started."""
+    return _listener is not None
+
+
 def report(step: int | None = None, loss: float | None = None, **values: Any) -> None:
     """Show progress in the cell that started this rank; does nothing where no cell listens.
 

@@ -1,7 +1,7 @@
 """One rank's life: set up the process and its group, then run what the kernel sends.
 
-Two threads. The main one runs the learner's functions. The other reads the kernel's socket, so that a
-rank blocked in a collective can still say where it is, and ends the process group of a rank whose
+Two threads. The main one runs the learner's functions. The other reads the kernel's socket, so that
+a rank blocked in a collective can still say where it is, and ends the process group of a rank whose
 kernel is gone. Everything ends with `os._exit`: an interpreter shutdown after `import torch` costs
 more than a second.
 """
@@ -70,7 +70,7 @@ class Rank:
         except BaseException as error:
             self._failed(error, call=0)
             threading.Event().wait()  # stay: a closed connection would make others fail as well
-        self.channel.send("ready", pid=os.getpid(), threads=torch.get_num_threads())
+        self.channel.send("ready", call=0, at=time.monotonic())
         while True:
             message = self.inbox.get()
             if self._run(message) and message.meta["last"]:
@@ -102,21 +102,24 @@ class Rank:
             return False
         seen = inside.collectives() if message.meta["last"] else {}
         self._flush()
-        meta = {"call": call, "at": returned, "elapsed": returned - began, "collectives": seen}
+        meta: dict[str, Any] = {
+            "call": call,
+            "at": returned,
+            "elapsed": returned - began,
+            "collectives": seen,
+        }
         self.channel.send("returned", parts, **meta)
         return True
 
     def _failed(self, error: BaseException, call: int) -> None:
         """Report an error. The process stays alive: its death would look like a second failure."""
         at = time.monotonic()
-        meta = {
+        meta: dict[str, Any] = {
             "call": call,
             "at": at,
             "error": type(error).__name__,
-            "message": str(error),
-            "chain": [
-                (type(e).__name__, isinstance(e, RuntimeError), str(e)) for e in inside.chain(error)
-            ],
+            "message": inside.safe_text(error),
+            "chain": [_link(e) for e in inside.chain(error)],
             "traceback": inside.format_error(error),
             "collectives": inside.collectives(),
         }
@@ -130,6 +133,15 @@ class Rank:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         ctypes.CDLL(None).fflush(None)
+
+
+def _link(error: BaseException) -> dict[str, Any]:
+    """What the kernel needs to tell a cause from a consequence."""
+    return {
+        "runtime": isinstance(error, RuntimeError),
+        "in_torch": inside.raised_in_torch(error),
+        "message": inside.safe_text(error),
+    }
 
 
 def _set_up(rank: int, setup: dict[str, Any]) -> None:

@@ -2,9 +2,9 @@
 
 A TCPStore listens on every address even when told 127.0.0.1, and asking for a free port first
 leaves a moment in which somebody else takes it. Handing it a socket that already listens on
-loopback (`master_listen_fd`) settles both. `TORCHELASTIC_USE_AGENT_STORE` makes every rank a client, so
-that the learner's `init_process_group` is the one of a torchrun script. A store serves one group:
-a second one would find the first one's addresses.
+loopback (`master_listen_fd`) settles both. `TORCHELASTIC_USE_AGENT_STORE` makes every rank a
+client, so that the learner's `init_process_group` is the one of a torchrun script. A store serves
+one group: a second one would find the first one's addresses.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from typing import Any, overload
 class Results(Sequence[Any]):
     """One value per rank, and how they came: `results[0]` is what rank 0 returned.
 
-    `ready_s`: from the call to a process group on every rank; `elapsed_s`: from the call to the last value;
-    `output`: what each rank wrote, standard output and error together, as text.
+    `ready_s`: from the call to a process group on every rank; `elapsed_s`: from the call to the
+    last value; `output`: what each rank wrote, standard output and error together, as text.
     """
 
     values: tuple[Any, ...]

@@ -1,7 +1,7 @@
-"""How rank processes come to be: forked by this kernel's fork server, or by torch.multiprocessing.spawn.
+"""How rank processes come to be: forked by a fork server, or by torch's spawn.
 
-Both give a `Started`: per rank the kernel's ends of a socket and three pipes, and a way to learn which
-process died of what. Everything above this file is the same for both.
+Both give a `Started`: per rank the kernel's ends of a socket and three pipes, and a way to learn
+which process died of what. Everything above this file is the same for both.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import torch.multiprocessing as mp
 
 from pardemo.launch import rank as rank_module
 from pardemo.launch import watch
+
+Reading = Callable[[], list[tuple[int, str, Any]]]
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Started:
     the call returns events `(rank, what, value)` with `what` in pid, exited, error, closed."""
 
     ends: list[RankEnd]
-    watch: dict[int, Callable[[], list[tuple[int, str, Any]]]]
+    watch: dict[int, Reading]
     stop: Callable[[], None]  # kill them all
     release: Callable[[], None]  # once they are dead
     pids: dict[int, int] = field(default_factory=dict)
@@ -92,32 +94,35 @@ class ForkServer:
         )
         theirs.close()
         self.ready = False
-        os.register_at_fork(after_in_child=self.sock.close)
+        watch.close_in_children(self.sock)
 
     def alive(self) -> bool:
         """Whether it can still fork ranks."""
         return self.process.poll() is None
 
+    def wait_ready(self) -> None:
+        """Wait for its import of torch, the first time; may be interrupted and called again."""
+        if self.ready:
+            return
+        if self.sock.recv(16) != b"ready":
+            raise RuntimeError(
+                f"the fork server could not start (exit status {self.process.wait()}); "
+                "its message is above; start='spawn' does without it"
+            )
+        self.ready = True
+
     def start(self, nprocs: int) -> Started:
-        """Fork `nprocs` ranks; waits for the fork server's import of torch the first time."""
-        if not self.ready:
-            if self.sock.recv(16) != b"ready":
-                raise RuntimeError(
-                    f"the fork server could not start (exit status {self.process.wait()}); "
-                    "its message is above; start='spawn' does without it"
-                )
-            self.ready = True
+        """Fork `nprocs` ranks."""
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ends, theirs = _open_ends(nprocs)
-        with watch.interrupts_held():
-            socket.send_fds(self.sock, [b"group"], [there.fileno()])
-            there.close()
-            for rank, fds in enumerate(theirs):
-                socket.send_fds(here, [json.dumps({"fork": rank}).encode()], fds)
-                for fd in fds:
-                    os.close(fd)
+        socket.send_fds(self.sock, [b"group"], [there.fileno()])
+        there.close()
+        for rank, fds in enumerate(theirs):
+            socket.send_fds(here, [json.dumps({"fork": rank}).encode()], fds)
+            for fd in fds:
+                os.close(fd)
         watch.close_in_children(here)
-        watched = {here.fileno(): functools.partial(_read_group, here)}
+        watched: dict[int, Reading] = {here.fileno(): functools.partial(_read_group, here)}
         return Started(ends, watched, functools.partial(_end, here), here.close)
 
 
@@ -154,11 +159,27 @@ def fork_server() -> ForkServer:
     return kept[0]
 
 
+def warm_up() -> None:
+    """In a Jupyter kernel, start the fork server now: its import of torch hides behind the cells
+    that come before the first launch."""
+    if sys.platform == "linux" and in_kernel():
+        fork_server()
+
+
+def in_kernel() -> bool:
+    """Whether this process is a Jupyter kernel."""
+    if "ipykernel" not in sys.modules:
+        return False
+    from IPython import get_ipython
+
+    return hasattr(get_ipython(), "kernel")
+
+
 def spawn(nprocs: int) -> Started:
     """Start ranks with torch.multiprocessing.spawn: slower, and works wherever torch does."""
     ends, theirs = _open_ends(nprocs)
     connections = [[mpc.Connection(fd) for fd in fds] for fds in theirs]
-    with watch.interrupts_held(), _main_hidden():
+    with _main_hidden():
         context = mp.spawn(_spawned, args=(connections, os.getpid()), nprocs=nprocs, join=False)
     for connection in (c for row in connections for c in row):
         connection.close()
@@ -180,7 +201,9 @@ def spawn(nprocs: int) -> Started:
             process.join()
             process.close()
 
-    sentinels = {p.sentinel: functools.partial(died, i) for i, p in enumerate(processes)}
+    sentinels: dict[int, Reading] = {
+        p.sentinel: functools.partial(died, i) for i, p in enumerate(processes)
+    }
     return Started(ends, sentinels, stop, release, {i: p.pid for i, p in enumerate(processes)})
 
 
@@ -188,7 +211,9 @@ def spawn(nprocs: int) -> Started:
 def _main_hidden() -> Iterator[None]:
     """Keep new processes from running this process's script again: functions come by value."""
     main = vars(sys.modules["__main__"])
-    hidden = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    hidden: dict[str, Any] = {
+        name: main.pop(name) for name in ("__file__", "__spec__") if name in main
+    }
     main["__spec__"] = None
     try:
         yield

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
+import re
 from collections.abc import Mapping
 
-from pardemo.launch.failure import Outcome, RankFailed, RankTimeout, culprit, headline
+from pardemo.launch.failure import Outcome, RankFailed, RankTimeout, culprit, death
 
 _INDENT = "    "
+_LINE_CHARS = 160
+_FILE = re.compile(r'File "([^"]+)"')
 
 
-def failure(
-    outcomes: Mapping[int, Outcome], began: float, labels: Mapping[str, str], timeout: float | None
-) -> RankFailed:
-    """The exception for a failed call; `timeout` is given when that is what ended it.
-
-    `labels` replaces file names of cells by what the notebook calls them.
-    """
+def failure(outcomes: Mapping[int, Outcome], began: float, timeout: float | None) -> RankFailed:
+    """The exception for a failed call; `timeout` is given when that is what ended it."""
     rank, why = culprit(outcomes)
-    texts = {o.rank: _relabel(_text(o, began), labels) for o in outcomes.values()}
+    texts = {o.rank: _relabel(_text(o, began)) for o in outcomes.values()}
     if timeout is not None:
         why = f"no answer after {timeout:g} s: {why}"
-    order = [rank, *(r for r in sorted(outcomes) if r != rank)]
-    everything = timeout is not None or outcomes[rank].kind != "raised"
-    parts = [f"{why} (of {len(outcomes)} ranks)"]
-    for other in order:
-        full = other == rank or (everything and outcomes[other].kind == "waiting")
+    stacks = timeout is not None or outcomes[rank].kind != "raised"
+    if outcomes[rank].kind == "raised" and timeout is None:
+        parts = ["\n".join([why, *texts[rank].splitlines()[1:]])]
+    else:
+        parts = [why, texts[rank]]
+    for other in sorted(outcomes.keys() - {rank}):
+        full = stacks and outcomes[other].kind == "waiting"
         parts.append(texts[other] if full else texts[other].splitlines()[0])
     kind = RankTimeout if timeout is not None else RankFailed
-    return kind(_relabel("\n\n".join(parts), labels), rank, texts)
+    return kind(_relabel("\n\n".join(parts)), rank, texts)
+
+
+def stopped(outcomes: Mapping[int, Outcome]) -> str:
+    """What is said when the stop button ended a call: one line per rank."""
+    lines = [f"rank {o.rank}: {_place(o)}" for o in outcomes.values() if o.kind == "waiting"]
+    return _relabel("stopped; the ranks have ended\n" + "\n".join(lines))
 
 
 def _text(outcome: Outcome, began: float) -> str:
@@ -37,35 +43,48 @@ def _text(outcome: Outcome, began: float) -> str:
     if outcome.kind == "returned":
         return f"{head}returned after {outcome.at - began:.2f} s"
     if outcome.kind == "died":
-        return head + headline(outcome).split(" ", 2)[2]
+        return head + death(outcome.code)
     if outcome.kind == "raised":
-        effect = ", a consequence" if outcome.consequence else ""
-        lines = headline(outcome).split(" ", 2)[2].splitlines() or [""]
-        return f"{head}{lines[0]}{effect}\n{_indent(outcome.meta['traceback'])}"
-    doing = outcome.where.get("inside")
-    line = outcome.where.get("line", "")
-    said = f"in {doing}" if doing else "running"
-    open_ones = [e for e in outcome.collectives.values() if not e["retired"]]
-    recorded = "".join(
-        f"; the flight recorder has {e['name']}, number {e['seq']} of the group of ranks {e['ranks']}"
-        for e in open_ones
-    )
-    if not outcome.where:
-        said = "did not answer when asked where it is"
+        effect = "lost its connection, or waited too long: " if outcome.consequence else "raised "
+        message = (outcome.meta["message"].splitlines() or [""])[0]
+        line = f"{head}{effect}{outcome.meta['error']}: {message}"
+        return f"{_short(line)}\n{_indent(outcome.meta['traceback'])}"
     stack = outcome.where.get("stack") or outcome.dump
-    return f"{head}{said}{' (' + line + ')' if line else ''}{recorded}\n{_indent(stack)}".rstrip()
+    return f"{head}{_place(outcome)}\n{_indent(stack)}".rstrip()
+
+
+def _place(outcome: Outcome) -> str:
+    """Where a rank that has not returned is: the torch call, the learner's line, the collective."""
+    if not outcome.where:
+        stopped = ": its process is stopped" if outcome.state == "T" else ""
+        return f"did not answer when asked where it is{stopped}"
+    doing, line = outcome.where["inside"], outcome.where["line"]
+    said = f"in {doing}" if doing else "running"
+    for entry in outcome.open_collectives.values():
+        members = ", ".join(map(str, entry["ranks"]))
+        line += f"; waits in {entry['name']}, collective number {entry['seq']} of ranks {members}"
+    return f"{said}, {line}" if line else said
+
+
+def _short(line: str) -> str:
+    return line if len(line) <= _LINE_CHARS else line[: _LINE_CHARS - 3] + "..."
 
 
 def _indent(text: str) -> str:
     return "\n".join(_INDENT + line for line in text.rstrip().splitlines())
 
 
-def _relabel(text: str, labels: Mapping[str, str]) -> str:
-    for name, label in labels.items():
-        text = text.replace(f'File "{name}"', label)
-    return text
+def _relabel(text: str) -> str:
+    """Call the file of a cell what the notebook calls it: `Cell In[3]`."""
+    shell = None
+    with contextlib.suppress(ImportError):
+        from IPython import get_ipython
 
+        shell = get_ipython()
+    numbers = getattr(getattr(shell, "compile", None), "_filename_map", {})
 
-def now() -> float:
-    """The clock that outcomes are stamped with, the same in all processes of one machine."""
-    return time.monotonic()
+    def label(found: re.Match[str]) -> str:
+        number = numbers.get(found.group(1))
+        return found.group(0) if number is None else f"Cell In[{number}]"
+
+    return _FILE.sub(label, text)

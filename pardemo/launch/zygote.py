@@ -30,8 +30,8 @@ import torch.multiprocessing as mp
 
 from pardemo.launch import rank as rank_module
 
-# Imported one by one while nobody waits: a rank that uses them finds them ready.
-_LATER = [
+# A rank that uses these finds them loaded; together with torch they cost seconds to import.
+_PRELOADED = [
     "torch.nn.parallel",
     "torch.distributed.device_mesh",
     "torch.distributed.tensor",
@@ -58,7 +58,6 @@ class ForkServer:
         self.sock = sock
         self.kernel_pid = kernel_pid
         self.groups: dict[int, Group] = {}
-        self.later = list(_LATER)
         self.wake_r, self.wake_w = socket.socketpair()
         self.wake_r.setblocking(False)
         self.wake_w.setblocking(False)
@@ -70,11 +69,9 @@ class ForkServer:
         self.sock.send(b"ready")
         while True:
             fds = [self.sock, self.wake_r, *(group.sock for group in self.groups.values())]
-            readable, _, _ = select.select(fds, [], [], 0.02 if self.later else _POLL_S)
+            readable, _, _ = select.select(fds, [], [], _POLL_S)
             if os.getppid() != self.kernel_pid:
                 return
-            if not readable and self.later:
-                importlib.import_module(self.later.pop(0))
             with contextlib.suppress(BlockingIOError):
                 self.wake_r.recv(4096)
             self._reap()
@@ -108,7 +105,9 @@ class ForkServer:
             _reply(group, error=f"the fork server has {threads} threads: forking is not safe")
         else:
             parent = os.getpid()
-            process = mp.get_context("fork").Process(target=self._child, args=(parent, rank, fds))
+            process: Any = mp.get_context("fork").Process(
+                target=self._child, args=(parent, rank, fds)
+            )
             process.start()
             with contextlib.suppress(OSError):  # the rank does it too: whoever is first
                 os.setpgid(process.pid, process.pid)
@@ -177,6 +176,8 @@ def main() -> None:
     """`python -m pardemo.launch.zygote FD KERNEL_PID`: serve the kernel at the other end of FD."""
     fd, kernel_pid = int(sys.argv[1]), int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in _PRELOADED:
+        importlib.import_module(name)
     server = ForkServer(socket.socket(fileno=fd), kernel_pid)
     gc.freeze()
     try:
