@@ -123,7 +123,7 @@ def _moe_mini() -> Workload:
     moe = importlib.import_module("pardemo.models.moe")
     config = moe.MoEConfig()
     model = partial(_seeded, partial(moe.MoEGPT, config))
-    return Workload("moe-mini", model, partial(_token_batch, 64), token_loss, adamw, 16)
+    return Workload("moe-mini", model, partial(_token_batch, 64), moe.moe_loss, adamw, 16)
 
 
 _MAKERS: dict[str, Callable[[], Workload]] = {

@@ -21,7 +21,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from pardemo.strategies import base, batchnorm, comm_hooks
+from pardemo.strategies import base, batchnorm, comm_hooks, routing
 
 
 class DDP(base.Step):
@@ -119,6 +119,7 @@ def build(
     model = model.to(device)
     if sync_batchnorm:
         model = batchnorm.synchronise(model, place.group, device)
+    routing.synchronise(model, place.group)  # experts are counted over the batch of all ranks
     if compile is not None:
         model.compile(backend=compile)
     wrapped = model
