@@ -9,6 +9,7 @@ a rank that was elsewhere, or behind, while the others waited.
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ _CONNECTION = re.compile(
     re.IGNORECASE,
 )
 _TRANSPORT = re.compile(r"gloo|nccl|c10d|ProcessGroup|TCPStore|monitoredBarrier", re.IGNORECASE)
+_ABORTED = re.compile(r"gloo::EnforceNotMet.*?preamble\S* \S+ \S+ (\d+) vs (\d+)", re.DOTALL)
 _SIZES = re.compile(r"gloo.*(preamble|EnforceNotMet|enforce fail)|Detected mismatch", re.DOTALL)
 _BARRIER = re.compile(r"Rank (\d+) failed to pass monitoredBarrier", re.IGNORECASE)
 _EVEN = {"all_reduce", "allreduce", "broadcast", "all_gather", "reduce_scatter", "reduce"}
@@ -59,6 +61,7 @@ class Outcome:
     code: int = 0
     where: dict[str, Any] = field(default_factory=dict)
     dump: str = ""
+    last_words: str = ""
     state: str = ""
 
     @property
@@ -96,7 +99,7 @@ def culprit(outcomes: Mapping[int, Outcome]) -> tuple[int, str]:
     if mismatch and all(_SIZES.search(o.meta.get("message", "")) for o in causes):
         return mismatch
     if causes:
-        return causes[0].rank, headline(causes[0], len(every))
+        return _sent_too_much(every) or (causes[0].rank, headline(causes[0], len(every)))
     return _left(every) or _named_by_barrier(every) or _late(every) or _nobody(every)
 
 
@@ -131,6 +134,11 @@ def is_left_alone(waiting: Outcome, returned: Sequence[Outcome]) -> bool:
     return False
 
 
+def explains(outcome: Outcome) -> bool:
+    """Whether this failure says who is at fault: it is a cause, or it names a rank."""
+    return not outcome.consequence or bool(_BARRIER.search(outcome.meta["message"]))
+
+
 def _left(every: list[Outcome]) -> tuple[int, str] | None:
     """The first rank that returned while another did not."""
     returned = sorted((o for o in every if o.kind == "returned"), key=lambda o: o.at)
@@ -157,6 +165,28 @@ def _mismatch(every: list[Outcome]) -> tuple[int, str] | None:
             said = "; ".join(f"rank {rank} called {call}" for rank, call in calls.items())
             return odd, f"ranks disagree about collective number {seen[odd]['seq']}: {said}"
     return None
+
+
+def _sent_too_much(every: list[Outcome]) -> tuple[int, str] | None:
+    """Gloo aborts the rank that receives more than it expects, and not the one that sends it.
+
+    Where the others disagree about sizes, the one with the most sent it; else the dead one, whose
+    own call nobody can ask for, differs from all.
+    """
+    dead = next((o for o in every if o.kind == "died" and _ABORTED.search(o.last_words)), None)
+    if dead is None:
+        return None
+    got, expected = _ABORTED.search(dead.last_words).groups()  # type: ignore[union-attr]
+    newest = {o.rank: e for o in every for e in o.collectives.values()}
+    calls = {rank: _call(entry) for rank, entry in newest.items()}
+    elements = {rank: sum(map(math.prod, entry["sizes"])) for rank, entry in newest.items()}
+    differ = len(set(calls.values())) > 1
+    culprit = max(elements, key=lambda rank: elements[rank]) if differ else dead.rank
+    said = "; ".join(f"rank {rank} called {call}" for rank, call in calls.items())
+    return culprit, (
+        f"ranks disagree about the size of a collective: rank {dead.rank} expected {expected} "
+        f"bytes, got {got}, and gloo ended it; {said}; debug=True compares the calls of all ranks"
+    )
 
 
 def _call(entry: dict[str, Any]) -> str:

@@ -75,7 +75,7 @@ class Follow:
         if not failed:
             return None
         returned = any(o.kind == "returned" for o in self.outcomes.values())
-        explained = returned or any(not o.consequence for o in failed)
+        explained = returned or any(failure.explains(o) for o in failed)
         first = before if before is not None else time.monotonic() + UNEXPLAINED_S
         return min(first, time.monotonic() + GRACE_S) if explained else first
 
@@ -150,6 +150,7 @@ class Follow:
             return
         elif event.kind == "exited":
             outcome.kind, outcome.at, outcome.code = "died", time.monotonic(), event.value
+            outcome.last_words = self.output.tail(outcome.rank)
         elif event.kind in (self.goal, "raised") and event.value["call"] == self.call:
             outcome.kind = "raised" if event.kind == "raised" else "returned"
             outcome.at, outcome.meta, outcome.body = event.value["at"], event.value, event.body

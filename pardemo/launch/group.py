@@ -156,7 +156,7 @@ class Group:
 
     def _drain(self, end: servers.RankEnd) -> None:
         """Take what the rank had written before now: it goes before the message that follows."""
-        for name in ("out", "err"):
+        for name in ("out", "err", "stacks"):
             waiting = array.array("i", [0])
             fcntl.ioctl(getattr(end, name), termios.FIONREAD, waiting)
             if waiting[0]:

@@ -37,6 +37,15 @@ class Output:
         """Forget what was kept, so that `text` is that of the next call."""
         self.chunks = [[] for _ in self.chunks]
 
+    def tail(self, rank: int, size: int = 4096) -> str:
+        """The last `size` bytes or a little more that a rank wrote."""
+        newest: list[bytes] = []
+        for chunk in reversed(self.chunks[rank]):
+            newest.append(chunk)
+            if sum(map(len, newest)) >= size:
+                break
+        return b"".join(reversed(newest))[-size:].decode("utf-8", "replace")
+
     def text(self) -> tuple[str, ...]:
         """Everything each rank wrote so far."""
         return tuple(b"".join(chunks).decode("utf-8", "replace") for chunks in self.chunks)

@@ -32,6 +32,7 @@ def main(rank: int, control_fd: int, out_fd: int, err_fd: int, stacks_fd: int) -
     """Run as rank `rank` on the given descriptors; never returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the kernel stops ranks itself
     _redirect(out_fd, err_fd)
+    faulthandler.enable(file=stacks_fd, all_threads=False)  # for a death in native code
     faulthandler.register(signal.SIGUSR1, file=stacks_fd, all_threads=True)
     Rank(rank, socket.socket(fileno=control_fd)).serve()
     os._exit(0)

@@ -10,6 +10,8 @@ from pardemo.launch.failure import Outcome, RankFailed, RankTimeout, culprit, de
 
 _INDENT = "    "
 _LINE_CHARS = 160
+_ORIGIN = re.compile(r"^\[\S+:\d+\] ")  # where in gloo's sources an error was raised
+_NOT_THE_LEARNERS = ("pardemo/launch/", "/multiprocessing/", "/threading.py", "<frozen ")
 _FILE = re.compile(r'File "([^"]+)"')
 
 
@@ -43,13 +45,13 @@ def _text(outcome: Outcome, began: float) -> str:
     if outcome.kind == "returned":
         return f"{head}returned after {outcome.at - began:.2f} s"
     if outcome.kind == "died":
-        return head + death(outcome.code)
+        return f"{head}{death(outcome.code)}\n{_indent(_frames(outcome.dump))}".rstrip()
     if outcome.kind == "raised":
         effect = "lost its connection, or waited too long: " if outcome.consequence else "raised "
-        message = (outcome.meta["message"].splitlines() or [""])[0]
+        message = _ORIGIN.sub("", (outcome.meta["message"].splitlines() or [""])[0])
         line = f"{head}{effect}{outcome.meta['error']}: {message}"
         return f"{_short(line)}\n{_indent(outcome.meta['traceback'])}"
-    stack = outcome.where.get("stack") or outcome.dump
+    stack = outcome.where.get("stack") or _frames(outcome.dump)
     return f"{head}{_place(outcome)}\n{_indent(stack)}".rstrip()
 
 
@@ -64,6 +66,13 @@ def _place(outcome: Outcome) -> str:
         members = ", ".join(map(str, entry["ranks"]))
         line += f"; waits in {entry['name']}, collective number {entry['seq']} of ranks {members}"
     return f"{said}, {line}" if line else said
+
+
+def _frames(dump: str) -> str:
+    """A faulthandler dump without the frames that started the rank; innermost frame first."""
+    kept = [line for line in dump.splitlines() if not any(m in line for m in _NOT_THE_LEARNERS)]
+    blocks = "\n".join(kept).split("\n\n")
+    return "\n".join(block for block in blocks if "  File" in block)
 
 
 def _short(line: str) -> str:
