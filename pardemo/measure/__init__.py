@@ -16,21 +16,27 @@ Inside a rank
 
 from __future__ import annotations
 
+from pardemo.measure.anatomy import Anatomy, Share, decompose
 from pardemo.measure.inside import Case
+from pardemo.measure.quiet import quiet
 from pardemo.measure.rounds import Comparison, compare
 from pardemo.measure.samples import Samples
 from pardemo.measure.timing import Ratio, Timing
 from pardemo.measure.traffic import Counting, Flow, Traffic, count
 
 __all__ = [
+    "Anatomy",
     "Case",
     "Comparison",
     "Counting",
     "Flow",
     "Ratio",
     "Samples",
+    "Share",
     "Timing",
     "Traffic",
     "compare",
     "count",
+    "decompose",
+    "quiet",
 ]

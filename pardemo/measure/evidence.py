@@ -71,7 +71,7 @@ def reasons(before: Look, after: Look, own_s: float, wanted: float, cores: int) 
 
 
 class Queue:
-    """How long this thread waited for a core, and how often it was pushed off one.
+    """How long this thread waited for a core, was pushed off one, and worked.
 
     `read()` costs a few microseconds: one pread of an open /proc file and one getrusage.
     """
@@ -82,12 +82,13 @@ class Queue:
         except OSError:  # kernels without schedstat: the sign is absent
             self._file = -1
 
-    def read(self) -> tuple[int, int]:
-        """(nanoseconds waited in the run queue so far, involuntary context switches so far)."""
+    def read(self) -> tuple[int, int, int]:
+        """(nanoseconds in the run queue, involuntary context switches, CPU nanoseconds) so far."""
         switches = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+        used = time.thread_time_ns()
         if self._file < 0:
-            return 0, switches
-        return int(os.pread(self._file, 80, 0).split()[1]), switches
+            return 0, switches, used
+        return int(os.pread(self._file, 80, 0).split()[1]), switches, used
 
     def close(self) -> None:
         """Close the file; reading afterwards reports no waiting."""

@@ -76,6 +76,7 @@ class Raw:
     start_s: list[float] = field(default_factory=list)
     wall_s: list[float] = field(default_factory=list)
     waited_s: list[float] = field(default_factory=list)
+    worked_s: list[float] = field(default_factory=list)
     switches: list[int] = field(default_factory=list)
 
 
@@ -139,13 +140,14 @@ def _iterate(entry: _Prepared, count: int) -> Raw:
     for _ in range(count):
         if group is not None:
             dist.barrier(group)  # moves no data
-        waited, switches = queue.read()
+        before = queue.read()
         start, wall = timed(step)
-        waited_after, switches_after = queue.read()
+        waited, switches, used = (b - a for a, b in zip(before, queue.read(), strict=True))
         raw.start_s.append(start)
         raw.wall_s.append(wall)
-        raw.waited_s.append((waited_after - waited) / 1e9)
-        raw.switches.append(switches_after - switches)
+        raw.waited_s.append(waited / 1e9)
+        raw.worked_s.append(used / 1e9)
+        raw.switches.append(switches)
     queue.close()
     return raw
 

@@ -148,7 +148,7 @@ def _block(
     name: str, number: int, place: int, phase: Phase, per_rank: Sequence[Mapping[str, Raw]]
 ) -> Block:
     raws = [taken[name] for taken in per_rank if name in taken]
-    columns = ("start_s", "wall_s", "waited_s", "switches")
+    columns = ("start_s", "wall_s", "waited_s", "worked_s", "switches")
     arrays: list[Any] = [np.array([getattr(raw, c) for raw in raws]) for c in columns]
     return Block(name, number, place, phase, *arrays)
 

@@ -17,7 +17,8 @@ class Block:
     """The iterations of one variant in one round: arrays of shape (ranks, iterations).
 
     Times in seconds; `start_s` on the host's monotonic clock, which ranks of one host share.
-    `round` is -1 for the first warm-up; `order` is the variant's place in its round.
+    `round` is -1 for the first warm-up; `order` is the variant's place in its round. `waited_s` is
+    time in the run queue (ready, but no core), `worked_s` CPU time of the rank's main thread.
     """
 
     variant: str
@@ -27,12 +28,18 @@ class Block:
     start_s: NDArray[np.float64]
     wall_s: NDArray[np.float64]
     waited_s: NDArray[np.float64]
+    worked_s: NDArray[np.float64]
     switches: NDArray[np.int64]
 
     @property
     def step_s(self) -> NDArray[np.float64]:
         """The step's time: the maximum over ranks, per iteration."""
         return self.wall_s.max(axis=0)
+
+    @property
+    def blocked_s(self) -> NDArray[np.float64]:
+        """What each rank's main thread slept: neither working nor waiting for a core (CPU only)."""
+        return np.maximum(self.wall_s - self.worked_s - self.waited_s, 0.0)
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class Samples:
                     "start_s": float(b.start_s[rank, iteration]),
                     "wall_s": float(b.wall_s[rank, iteration]),
                     "waited_s": float(b.waited_s[rank, iteration]),
+                    "worked_s": float(b.worked_s[rank, iteration]),
                     "switches": int(b.switches[rank, iteration]),
                 }
 

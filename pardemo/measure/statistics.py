@@ -114,7 +114,7 @@ def paired_ratio(
         raise ValueError(f"{len(a)} rounds against {len(b)}: a paired ratio needs equal rounds")
     value = pooled_median(a) / pooled_median(b)
     logs = np.array([np.log(np.median(x) / np.median(y)) for x, y in zip(a, b, strict=True)])
-    lo, hi = _walsh_interval(logs, alpha)
+    lo, hi = centre_interval(logs, alpha)
     middle, reach = (lo + hi) / 2, (hi - lo) / 2
     reach *= np.sqrt(len(logs) / effective_rounds(logs, cap=0.5, caution=0.0))
     low, high = float(np.exp(middle - reach)), float(np.exp(middle + reach))
@@ -138,8 +138,11 @@ def unpaired_ratio(
     return value, float(value * np.exp(-reach)), float(value * np.exp(reach))
 
 
-def _walsh_interval(values: Floats, alpha: float) -> tuple[float, float]:
-    """Distribution-free interval for the centre of symmetric values (signed-rank, exact)."""
+def centre_interval(values: Floats, alpha: float = 0.04) -> tuple[float, float]:
+    """Distribution-free interval for the centre of symmetric values, one per round (signed-rank).
+
+    Infinite when there are fewer than MIN_ROUNDS values.
+    """
     n = len(values)
     i, j = np.triu_indices(n)
     averages = np.sort((values[i] + values[j]) / 2)

@@ -178,6 +178,11 @@ class Counting(TorchDispatchMode):
         rank = dist.get_rank() if dist.is_initialized() else 0
         return Traffic(rank, tuple(_flow(key, calls) for key, calls in seen.items()))
 
+    @property
+    def calls(self) -> list[volumes.Call]:
+        """Every call, in order."""
+        return [call for call, _ in self._calls]
+
 
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 

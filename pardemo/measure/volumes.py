@@ -34,6 +34,7 @@ class Call:
     sent_bytes: float
     textbook_bytes: float
     note: str = ""
+    peer: int = -1  # the other rank of a send or receive, the root of a rooted collective
 
 
 def bytes_of(tree: Any) -> int:
@@ -121,7 +122,7 @@ def read(name: str, args: tuple[Any, ...]) -> list[Call]:
     sent, note = textbook, ""
     if kind == "reduce_scatter" and ranks > 1 and _on_gloo(group, args):
         sent, note = 2 * textbook, GLOO_REDUCE_SCATTER
-    return [Call(kind, group_name(group), ranks, payload, sent, textbook, note)]
+    return [Call(kind, group_name(group), ranks, payload, sent, textbook, note, _peer(args))]
 
 
 def group_name(group: Any) -> str:
@@ -132,6 +133,12 @@ def group_name(group: Any) -> str:
     if description.startswith("mesh_"):
         return description.removeprefix("mesh_")
     return description if description not in ("", "undefined") else str(group.group_name)
+
+
+def _peer(args: tuple[Any, ...]) -> int:
+    """The first whole number after the tensors: the root, source or destination; -1 without."""
+    found = (a for a in args[1:] if isinstance(a, int) and not isinstance(a, bool))
+    return next(found, -1)
 
 
 def _sent(kind: str, name: str, args: tuple[Any, ...], group: Any, payload: int) -> float:
@@ -165,11 +172,11 @@ def _sent_all_to_all(name: str, args: tuple[Any, ...], ranks: int, me: int, payl
 def _batch(args: tuple[Any, ...]) -> list[Call]:
     group = _group_of(args)
     calls = []
-    for operation, tensor in zip(args[0], args[3], strict=True):
+    for operation, peer, tensor in zip(args[0], args[1], args[3], strict=True):
         kind = "send" if "send" in operation else "recv"
         size = bytes_of(tensor)
         sent = float(size) if kind == "send" else 0.0
-        calls.append(Call(kind, group_name(group), group.size(), size, sent, sent))
+        calls.append(Call(kind, group_name(group), group.size(), size, sent, sent, "", peer))
     return calls
 
 

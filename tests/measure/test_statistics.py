@@ -77,7 +77,7 @@ def test_the_ratio_interval_always_holds_the_ratio_of_the_medians():
 def test_the_signed_rank_interval_is_scipys():
     rng = np.random.default_rng(1)
     values = rng.normal(0.3, 1, size=10)
-    lo, hi = statistics._walsh_interval(values, alpha=0.05)
+    lo, hi = statistics.centre_interval(values, alpha=0.05)
     from scipy.stats import wilcoxon
 
     assert wilcoxon(values - lo - 1e-6).pvalue > 0.05 >= wilcoxon(values - lo + 1e-6).pvalue
