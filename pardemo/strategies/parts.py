@@ -6,12 +6,13 @@ Shared by the strategies that give each rank some of the parameters, or a slice 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pardemo.strategies.base import MakeOptimizer, State, StrategyError, axis, broadcast_module
 
@@ -96,12 +97,7 @@ def squared_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
         square = local(tensor).double().pow(2).sum()
         dims: tuple[int, ...] = ()
         if isinstance(tensor, DTensor):
-            placements = tensor.placements
-            if any(not isinstance(p, Shard) and not p.is_replicate() and not p.is_shard()
-                   for p in placements):  # fmt: skip
-                tensor = tensor.redistribute(placements=[Replicate()] * len(placements))
-                square, placements = local(tensor).double().pow(2).sum(), tensor.placements
-            dims = tuple(i for i, p in enumerate(placements) if not p.is_replicate())
+            dims = tuple(i for i, p in enumerate(tensor.placements) if not p.is_replicate())
         if not dims:
             whole = whole.to(square.device) + square
             continue
@@ -150,6 +146,15 @@ def add(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup | None) -> Non
         dist.all_reduce(flat, group=group)  # moves 2(n-1)/n * bytes of the tensors
         for t, total in zip(same, flat.split([t.numel() for t in same]), strict=True):
             t.copy_(total.view_as(t))
+
+
+def settle(parameters: Iterable[torch.Tensor]) -> None:
+    """Sum gradients of which each rank of a mesh has a part (norms under sequence parallelism)."""
+    for p in parameters:
+        parts = p.grad.placements if isinstance(p.grad, DTensor) else ()
+        if isinstance(p, DTensor) and any(placement.is_partial() for placement in parts):
+            grad: Any = p.grad
+            p.grad = grad.redistribute(placements=p.placements)  # moves 2(n-1)/n * its bytes
 
 
 def gradients(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn as nn
@@ -61,3 +61,16 @@ def reasons_against(model: nn.Module, world_size: int, batch_size: int) -> list[
     if batch_size < world_size:
         reasons.append(f"a batch of {batch_size} has fewer microbatches than {world_size} stages")
     return reasons
+
+
+def reasons_on_mesh(axes: tuple[str, ...]) -> Callable[[nn.Module, int, int], list[str]]:
+    """The same for a mesh with these axes, of which "pp" gets its share of the ranks."""
+
+    def against(model: nn.Module, world_size: int, batch_size: int) -> list[str]:
+        degrees = dict(zip(axes, base.factor(world_size, len(axes)), strict=True))
+        replicas = degrees.get("dp", 1)
+        if batch_size % replicas:
+            return [f"a batch of {batch_size} cannot be cut equally over {replicas} pipelines"]
+        return reasons_against(model, degrees["pp"], batch_size // replicas)
+
+    return against

@@ -6,35 +6,35 @@ before. At degree 1 everywhere it is training in one process.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from pardemo.strategies import base, parts
 
-Forward = Callable[[nn.Module, Any, Any], torch.Tensor]
-
 
 class Whole(base.Step):
-    """All layers on this rank; `held` are the original names of what `slice_modules` may slice.
+    """All layers on this rank; `held` are the original names of what was sliced.
 
-    `slice_modules(model)` changes the model in place before the optimiser is made. `forward` runs
-    model and loss; by default loss(model(inputs), targets).
+    `slice_modules(model)` changes the model in place before the optimiser is made; `context()`
+    surrounds forward and backward. `shards` says that FSDP holds the parameters: it then sums the
+    gradients over the replicas itself.
     """
 
     def __init__(
         self, model: nn.Module, make_optimizer: base.MakeOptimizer, loss: base.Loss,
         mesh: DeviceMesh | None, clip_grad: float | None = None,
-        slice_modules: Callable[[nn.Module], Any] | None = None, forward: Forward | None = None,
-        sum_gradients: bool = True,
+        slice_modules: Callable[[nn.Module], Any] | None = None,
+        context: Callable[[], Any] = contextlib.nullcontext, shards: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(model.to(base.this_device(mesh)))
         self.device, self.loss, self.clip_grad = base.this_device(mesh), loss, clip_grad
-        self.replicas, self.forward = base.axis(mesh, "dp"), forward
-        self.sum_gradients = sum_gradients
+        self.replicas, self.context, self.shards = base.axis(mesh, "dp"), context, shards
         parts.agree(model, mesh)
         self.held = parts.slots(model)
         if slice_modules is not None:
@@ -47,17 +47,17 @@ class Whole(base.Step):
         inputs, targets = base.to_device(part, self.device)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        if self.forward is None:
+        with self.context():
             loss = self.loss(base.call(self.model, inputs), targets) * weight
-        else:
-            loss = self.forward(self.model, inputs, targets) * weight
-        loss.backward()
-        if self.sum_gradients and self.replicas.group is not None:
+            (loss * self.replicas.size if self.shards else loss).backward()  # FSDP averages
+        parts.settle(self.model.parameters())
+        if not self.shards and self.replicas.group is not None:
             parts.add(parts.gradients(self.model.parameters()), self.replicas.group)
         parts.clip(self.model.parameters(), self.clip_grad)
         for optimizer in self.optimizers:
             optimizer.step()
-        return base.reduce_sum(loss, self.replicas.group)
+        value = loss.full_tensor() if isinstance(loss, DTensor) else loss
+        return base.reduce_sum(value, self.replicas.group)
 
     def state(self) -> base.State:
         """Full tensors under the original names; slices are gathered (call on every rank)."""
