@@ -1,0 +1,104 @@
+"""Command-line verbs of this room: nodes up, down, status, link and run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+
+def add_parsers(verbs: Any) -> None:
+    """Add this room's verbs to the subparsers of `pardemo`."""
+    _nodes(verbs)
+
+
+def _nodes(verbs: Any) -> None:
+    nodes = verbs.add_parser("nodes", help="real network nodes on this machine, with a slow link")
+    actions = nodes.add_subparsers(dest="action", required=True, metavar="ACTION")
+    up = actions.add_parser("up", help="make the nodes; they stand until `nodes down`")
+    up.add_argument("--count", type=int, default=2, help="how many nodes (1 to 32)")
+    up.add_argument("--rate", default="unlimited", help='"100mbit", "1gbit", "unlimited"')
+    up.add_argument("--latency-ms", type=float, help="delay one way, where the kernel has netem")
+    up.set_defaults(run=_up)
+    down = actions.add_parser("down", help="end the nodes and everything that runs in them")
+    down.set_defaults(run=_down)
+    status = actions.add_parser("status", help="say which nodes stand, and what their links sent")
+    status.set_defaults(run=_status)
+    link = actions.add_parser("link", help="change the link while the nodes stand")
+    link.add_argument("--rate", default="unlimited", help='"100mbit", "1gbit", "unlimited"')
+    link.add_argument("--latency-ms", type=float, help="delay one way, where the kernel has netem")
+    link.set_defaults(run=_link)
+    run = actions.add_parser("run", help="run a command inside a node: nodes run 0 -- ip addr")
+    run.add_argument("node", type=int)
+    run.add_argument("command", nargs=argparse.REMAINDER)
+    run.set_defaults(run=_run)
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from pardemo.cluster import holding
+    from pardemo.cluster.nodes import Nodes
+
+    if (standing := holding.load()) is not None:
+        print(
+            f"{len(standing.holder_pids)} nodes stand already (process {standing.hub_pid}): "
+            "`pardemo nodes down` ends them",
+            file=sys.stderr,
+        )
+        return 2
+    nodes = Nodes(arguments.count, arguments.rate, arguments.latency_ms, stay=True)
+    holding.save(nodes.held)
+    print(nodes)
+    for note in nodes.notes:
+        print(f"note: {note}")
+    print(
+        "enter one:  pardemo nodes run 0 -- bash\n"
+        f"end them:   pardemo nodes down    (or: kill {nodes.held.hub_pid}; nothing stays behind)"
+    )
+    return 0
+
+
+def _down(_: argparse.Namespace) -> int:
+    from pardemo.cluster import holding
+
+    held = holding.load()
+    if held is not None:
+        held.end()
+        holding.forget()
+    print("no nodes stand" if held is None else f"{len(held.holder_pids)} nodes ended")
+    return 0
+
+
+def _status(_: argparse.Namespace) -> int:
+    from pardemo.cluster.nodes import Nodes
+
+    nodes = Nodes.standing()
+    print(nodes)
+    counters = zip(nodes.names, nodes.tx_bytes(), nodes.rx_bytes(), strict=True)
+    for name, sent, received in counters:
+        print(f"{name}: sent {sent / 1e6:.3f} MB, received {received / 1e6:.3f} MB")
+    return 0
+
+
+def _link(arguments: argparse.Namespace) -> int:
+    from pardemo.cluster import holding
+    from pardemo.cluster.nodes import Nodes
+
+    nodes = Nodes.standing()
+    nodes.set_link(arguments.rate, arguments.latency_ms)
+    nodes.held.spec["link"] = (nodes.shape.rate_bits, nodes.shape.latency_ms)
+    holding.save(nodes.held)
+    print(nodes)
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pardemo.cluster.nodes import Nodes
+    from pardemo.parameters import Refused
+
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not command:
+        raise Refused("say what to run: pardemo nodes run 0 -- ip addr")
+    nodes = Nodes.standing()
+    argv = nodes.command(arguments.node, command)
+    os.execve(argv[0], argv, {**os.environ, **nodes.environment()})
