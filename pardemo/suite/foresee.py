@@ -1,0 +1,117 @@
+"""Predict every strategy's step before it is measured, from parts that were measured alone.
+
+The parts: forward and backward of one process on the share of the batch that a rank will have (on
+all ranks at once, so that they share the machine as they will, but exchange nothing), one optimiser
+step, and the calibrated curves of the collectives. What is added is predict's arithmetic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from pardemo import predict
+from pardemo.launch import Ranks
+from pardemo.measure import Case, compare
+from pardemo.predict import Prediction, Profile, ProfileError
+from pardemo.strategies.base import call, to_device
+from pardemo.workloads import Workload
+
+from .forms import Scene, closed_form
+
+CHAINS = ("model_parallel", "pipeline")
+SHARDED = ("fsdp", "hsdp", "zero1", "tensor", "expert", *CHAINS)  # optimiser state in parts
+WHOLE_BATCH = ("tensor", "context", "expert")  # every rank sees all samples, a part of each
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part alone, inside a rank: forward and backward of `size` samples, or the optimiser."""
+
+    work: Workload
+    size: int
+
+    def __call__(self, mesh: DeviceMesh | None) -> Callable[[], Any]:
+        model = self.work.make_model(0)
+        device = next(model.parameters()).device
+        inputs, targets = to_device(self.work.make_batch(max(self.size, 1), 0, 0), device)
+        optimizer = self.work.make_optimizer(model.parameters())
+
+        def forward_backward() -> None:
+            model.zero_grad()
+            self.work.loss(call(model, inputs), targets).backward()
+
+        if self.size:
+            return forward_backward
+        forward_backward()
+        return optimizer.step
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of each part: forward and backward by samples, and the optimiser (whole model)."""
+
+    by_size: dict[int, float]
+    optimizer_s: float
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{size} samples {s * 1e3:.3g} ms" for size, s in self.by_size.items())
+        return (
+            f"one process, forward and backward: {told}; optimizer {self.optimizer_s * 1e3:.3g} ms"
+        )
+
+
+def measure_parts(scene: Scene, names: Sequence[str], ranks: Ranks, budget_s: float) -> Parts:
+    """Time the parts that the predictions of `names` need, interleaved, without any transfer."""
+    sizes = sorted({share(scene, name) for name in names})
+    cases = {f"{size} samples": Case(Part(scene.work, size), ranks=scene.ranks) for size in sizes}
+    cases["optimizer"] = Case(Part(scene.work, 0), ranks=scene.ranks)
+    found = compare(cases, ranks=ranks, rounds=6, max_rounds=12, budget_s=budget_s)
+    return Parts(
+        {size: found[f"{size} samples"].median_s for size in sizes}, found["optimizer"].median_s
+    )
+
+
+def share(scene: Scene, name: str) -> int:
+    """How many samples one rank works on at a time under this strategy."""
+    if name == "pipeline":
+        return scene.batch_size // scene.microbatches
+    if name in WHOLE_BATCH or name == "model_parallel":
+        return scene.batch_size
+    return -(-scene.batch_size // scene.ranks)
+
+
+def predicted(
+    name: str, scene: Scene, parts: Parts, profile: Profile, cores: int
+) -> Prediction | str:
+    """The step's time, or in words why there is no prediction."""
+    sent = closed_form(name, scene, scene.ranks - 1)
+    if sent is None:
+        return f"{name}: no closed form of its transfer for this model, so no prediction"
+    times = scene.microbatches if name == "pipeline" else 1
+    alone = parts.by_size[share(scene, name)]
+    spread = scene.ranks if name not in (*WHOLE_BATCH, *CHAINS) else 1
+    held = scene.elements / (scene.ranks if name in SHARDED else 1)
+    known = dataclasses.replace(
+        profile,
+        optimizer={"name": "measured", "seconds_per_parameter": parts.optimizer_s / scene.elements,
+                   "fixed_s": 0.0},
+        launch={},  # the parts contain what it costs to launch them
+    )  # fmt: skip
+    knobs: dict[str, Any] = {"microbatches": times} if name in CHAINS else {}
+    if name in CHAINS:
+        counts = [sum(p.numel() for p in stage.parameters()) for stage in scene.stages]
+        knobs["shares"] = [count / sum(counts) for count in counts]
+        knobs["schedule"] = "1f1b"
+    try:
+        found = predict.step(
+            name, profile=known, ranks=scene.ranks, compute_s=alone * times * spread, sent=sent,
+            parameters=held, oversubscribed=max(1.0, scene.ranks / cores), **knobs,
+        )  # fmt: skip
+    except (predict.Refused, ProfileError) as error:
+        return f"{name}: no prediction: {error}"
+    return found

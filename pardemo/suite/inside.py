@@ -1,0 +1,90 @@
+"""What runs inside a rank for the suite: build a strategy's step, and look at one step closely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from pardemo import strategies
+from pardemo.measure import count
+from pardemo.strategies import Step
+from pardemo.strategies.base import to_device
+from pardemo.workloads import Workload
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Builds one strategy's step inside a rank: `Maker(...)(mesh)` is a step without arguments.
+
+    `one_thread` is for a process that drives several devices by itself: on a CPU each of its
+    devices is a core, so torch may use one thread at a time.
+    """
+
+    strategy: str
+    work: Workload
+    batch_size: int
+    knobs: tuple[tuple[str, Any], ...] = ()
+    one_thread: bool = False
+
+    def build(self, mesh: DeviceMesh | None) -> tuple[Step, Any]:
+        """The strategy at work on this rank, and the global batch on its device."""
+        row = strategies.get(self.strategy)
+        model = self.work.make_model(0)
+        made = row.build(model, self.work.make_optimizer, self.work.loss, mesh, **dict(self.knobs))
+        device = next((p.device for p in made.model.parameters()), torch.device("cpu"))
+        return made, to_device(self.work.make_batch(self.batch_size, 0, 0), device)
+
+    def __call__(self, mesh: DeviceMesh | None) -> Callable[[], Any]:
+        made, batch = self.build(mesh)
+
+        def step() -> Any:
+            if self.one_thread:
+                torch.set_num_threads(1)
+            return made.step(batch)
+
+        return step
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One step of one rank, looked at outside of any timing."""
+
+    sent_bytes: float
+    notes: tuple[str, ...]
+    memory: dict[str, float]
+
+
+def look(maker: Maker, ranks: int, warmup: int = 2) -> Seen | None:
+    """Count what this rank sends in one step, and weigh what it keeps (collective call).
+
+    None on ranks that a strategy of fewer `ranks` does not use.
+    """
+    if dist.get_rank() >= ranks:
+        return None
+    strategy = strategies.get(maker.strategy)
+    made, batch = maker.build(strategy.mesh() if ranks > 1 else None)
+    for _ in range(warmup):
+        made.step(batch)
+    traffic = count(lambda: made.step(batch))
+    sent, notes = traffic.sent_bytes(), tuple(traffic.notes)
+    phases = getattr(made, "phases", None)
+    if phases is not None:  # one process drives its devices: copies between them are the transfer
+        sent = float(sum(phases.bytes.values()))
+        notes = ("counted: all copies between the devices of this one process",)
+    return Seen(sent, notes, _weigh(made, batch))
+
+
+def _weigh(made: Step, batch: Any) -> dict[str, float]:
+    """Memory of one step by kind, as plain numbers."""
+    try:
+        from pardemo.measure import weigh
+    except ImportError:
+        return {}
+    report = weigh(lambda: made.step(batch), made.model)
+    names = ("parameters", "gradients", "optimizer", "activations", "buffers", "peak")
+    return {f"{name}_bytes": float(getattr(report, f"{name}_bytes")) for name in names}

@@ -1,0 +1,75 @@
+"""What a table means for this machine: which strategy to use here, why, and what not to believe."""
+
+from __future__ import annotations
+
+from pardemo.machine import Machine
+
+from .table import ALL, ONE, Row, Table
+
+SOUND = ("ok", "noisy")
+
+
+def verdict(table: Table) -> str:
+    """A few sentences: the fastest, against both baselines, what holds the others back."""
+    sound = [row for row in table.timed if row.status in SOUND]
+    strategies = [row for row in sound if row.name not in (ONE, ALL)]
+    if not strategies:
+        return "No ranking: no strategy's time could be trusted (see the doubts below)."
+    best = min(strategies, key=lambda row: row.step_s or 0)
+    lines = [
+        f"{table.workload}, batch {table.batch_size}: of the strategies, {best.name} is fastest "
+        f"here ({_ms(best)} per step on {best.ranks} ranks x {best.threads} threads)."
+    ]
+    lines += [str(ratio) + "." for ratio in (best.vs_one, best.vs_all) if ratio is not None]
+    lines += _advice(best, sound)
+    held = [text for row in strategies if (text := _holds_back(row))]
+    return "\n".join(lines + held)
+
+
+def doubts(table: Table, here: Machine) -> list[str]:
+    """Everything a reader should know before believing a number of this table."""
+    said = [f"{row.name}: {'; '.join(row.step.warnings)}" for row in table.timed
+            if row.step is not None and row.step.warnings]  # fmt: skip
+    said += [f"{row.name} was not timed: {row.reason}" for row in table.rows if row.step is None]
+    refused = {
+        ratio.refused
+        for row in table.timed for ratio in (row.vs_one, row.vs_all)
+        if ratio is not None and ratio.refused
+    }  # fmt: skip
+    said += [f"speed-ups refused: {why}" for why in sorted(refused)]
+    for row in table.timed:
+        if row.rest_s is not None and row.step_s and abs(row.rest_s) > 0.02 * row.step_s:
+            said.append(f"{row.name}: {row.rest_s / row.step_s:+.0%} of the step is unexplained")
+        said += [f"{row.name}: {note}" for note in row.traffic_notes]
+    return [*said, *here.limits, *table.notes]
+
+
+def _advice(best: Row, sound: list[Row]) -> list[str]:
+    """Whether to use the best strategy at all on this machine."""
+    everything = next((row for row in sound if row.name == ALL), None)
+    ratio = best.vs_all
+    if everything is None or ratio is None or ratio.refused:
+        return []
+    if ratio.verdict == "slower":
+        return [
+            "To train this model on this machine, use one process with all cores: splitting the "
+            "work over ranks costs more than it gains here. What the strategies buy is memory, and "
+            "machines with more devices."
+        ]
+    if ratio.verdict == "faster":
+        return [f"To train this model on this machine, use {best.name}."]
+    return [f"Between {best.name} and one process with all cores this run cannot decide."]
+
+
+def _holds_back(row: Row) -> str:
+    """The largest part of a step that is not compute, when it is worth a sentence."""
+    if row.step_s is None or row.exposed_s is None:
+        return ""
+    parts = {"waits for its transfers": row.exposed_s, "is idle": row.idle_s or 0.0}
+    name, seconds = max(parts.items(), key=lambda item: item[1])
+    share = seconds / row.step_s
+    return f"{row.name} {name} for {share:.0%} of its step." if share >= 0.1 else ""
+
+
+def _ms(row: Row) -> str:
+    return f"{(row.step_s or 0) * 1e3:.3g} ms"
