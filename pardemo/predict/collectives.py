@@ -1,15 +1,17 @@
 """Time of one collective from measured points: interpolate inside, fit only to extrapolate.
 
-One `Curve` per (collective, ranks, nodes). Inside the measured sizes a monotone cubic through
-log(size), log(time); outside them alpha + beta x size, fitted with relative weights to the nearest
-points, and the evidence says "extrapolated". A curve is never carried to another world size
-silently: `CurveSet.time` does it by the ring's step count and says so.
+One `Curve` per (collective, ranks, nodes). Inside the measured sizes a monotone cubic in log-log,
+of the time over its alpha-beta fit, so that few points are enough; outside them alpha + beta x
+size, fitted with relative weights to the nearest points, and the evidence says "extrapolated". A
+curve is never carried to another world size silently: `CurveSet.time` does it by the ring's step
+count and says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -27,7 +29,7 @@ class AlphaBeta:
     alpha_s: float
     beta_s_per_byte: float
 
-    def __call__(self, size_bytes: float) -> float:
+    def __call__(self, size_bytes: Any) -> Any:
         return self.alpha_s + self.beta_s_per_byte * size_bytes
 
     def __repr__(self) -> str:
@@ -72,9 +74,11 @@ class Curve:
         self.sizes = np.unique(s)
         # the same size measured twice: the median of its times
         self.times = np.array([float(np.median(t[s == u])) for u in self.sizes])
-        self._inside = None
+        self._fit, self._inside = AlphaBeta(float(self.times[0]), 0.0), None
         if len(self.sizes) >= 2:
-            self._inside = PchipInterpolator(np.log(self.sizes), np.log(self.times))
+            self._fit = fit_alpha_beta(self.sizes, self.times)
+            ratio = self.times / self._fit(self.sizes)
+            self._inside = PchipInterpolator(np.log(self.sizes), np.log(ratio))
 
     def __repr__(self) -> str:
         return f"{self.collective} over {self.ranks} ranks in {self.nodes} node(s)"
@@ -86,7 +90,7 @@ class Curve:
 
     def alpha_beta(self) -> AlphaBeta:
         """The fit over all points."""
-        return fit_alpha_beta(self.sizes, self.times)
+        return self._fit
 
     def __call__(self, size_bytes: float) -> tuple[float, str]:
         """Seconds for a payload of `size_bytes`, and what the number rests on."""
@@ -96,7 +100,8 @@ class Curve:
         if lo <= size_bytes <= hi:
             if self._inside is None:
                 return float(self.times[0]), f"measured, {self}"
-            return float(np.exp(self._inside(np.log(size_bytes)))), f"interpolated, {self}"
+            ratio = float(np.exp(self._inside(np.log(size_bytes))))
+            return ratio * self._fit(size_bytes), f"interpolated, {self}"
         where = f"{human(size_bytes, 'bytes')} outside {human(lo, 'bytes')} to {human(hi, 'bytes')}"
         return self._outside(size_bytes), f"extrapolated: {where}, {self}"
 

@@ -7,7 +7,7 @@ from twenty rows is possible because the priors decide what the rows leave open.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,36 +53,39 @@ def fit(
     rows: Columns,
     measured: np.ndarray,
     scale: float = 0.06,
-    start: np.ndarray | None = None,
+    starts: Sequence[Mapping[str, float]] = ({},),
     prior_weight: float = 0.5,
 ) -> Fit:
     """The constants under which `model(rows, theta)` comes closest to `measured` (positive).
 
-    `scale` is the relative error at which the loss turns from square to absolute. No rows gives
-    the priors back. Deterministic.
+    `scale` is the relative error at which the loss turns from square to absolute. The fit is
+    repeated from every start (constants that differ from their usual values) and the best is
+    kept: a network with a slow mode has two valleys. No rows gives the priors back.
+    Deterministic.
     """
     measured = np.asarray(measured, float)
-    usual = vector(constants) if start is None else start
+    usual = vector(constants)
+    if len(measured) == 0:
+        return Fit(tuple(constants), usual, 0, float("nan"), (0.5, 2.0))
     low = np.log([c.low for c in constants])
     high = np.log([c.high for c in constants])
     spread = np.array([c.spread for c in constants])
-    if len(measured) == 0:
-        return Fit(tuple(constants), usual, 0, float("nan"), (0.5, 2.0))
 
     def residual(theta: np.ndarray) -> np.ndarray:
         error = np.log(np.maximum(model(rows, theta), 1e-30) / measured) / scale
         return np.concatenate([error, prior_weight * (theta - usual) / spread])
 
-    inside = np.clip(usual, low + 1e-6, high - 1e-6)
-    theta = least_squares(residual, inside, bounds=(low, high), loss="soft_l1", max_nfev=200).x
-    ratio = measured / model(rows, theta)
-    return Fit(
-        tuple(constants),
-        theta,
-        len(measured),
-        float(np.median(np.abs(1 / ratio - 1))),
-        (float(np.quantile(ratio, 0.05)), float(np.quantile(ratio, 0.95))),
-    )
+    best = None
+    for start in starts:
+        inside = np.clip(vector(constants, start), low + 1e-6, high - 1e-6)
+        run = least_squares(residual, inside, bounds=(low, high), loss="soft_l1", max_nfev=60)
+        if best is None or run.cost < best.cost:
+            best = run
+    assert best is not None
+    ratio = measured / model(rows, best.x)
+    spread_of = (float(np.quantile(ratio, 0.05)), float(np.quantile(ratio, 0.95)))
+    error = float(np.median(np.abs(1 / ratio - 1)))
+    return Fit(tuple(constants), best.x, len(measured), error, spread_of)
 
 
 def bootstrap(
@@ -103,7 +106,7 @@ def bootstrap(
     each = []
     for _ in range(draws):
         i = rng.integers(0, n, n)
-        again = fit(model, found.constants, take(rows, i), measured[i], start=found.theta)
+        again = fit(model, found.constants, take(rows, i), measured[i], starts=[found.values()])
         each.append(model(target, again.theta))
     lo, hi = np.quantile(each, [0.05, 0.95], axis=0)
     return lo * min(found.spread[0], 1.0), hi * max(found.spread[1], 1.0)

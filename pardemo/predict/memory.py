@@ -108,7 +108,7 @@ def fitted_total(c: Columns, theta: np.ndarray | None = None) -> np.ndarray:
         kept = tokens * layers * alive * layer
         scores = head * tokens * c["vocab"] / c["tp"] * logits
         best = np.maximum(best, whole + optimizer * p / copies + kept + scores)
-    return np.where(c["empty_stages"] > 0, np.inf, best + fixed)
+    return best + fixed
 
 
 def memory(what: Transformer | str, layout: Layout | None = None, **knobs: object) -> Prediction:

@@ -33,6 +33,7 @@ TERMS = {
     "exposed": "gradients (and ZeRO's parameters), the share that is not hidden",
     "optimizer": "bytes moved per parameter / memory bandwidth",
     "fixed": "per microbatch, per step and per rank",
+    "allocator": "cached blocks freed and asked for again where memory is nearly full",
 }
 
 
@@ -72,12 +73,18 @@ def layer_forward(c: Columns, k: Constants) -> tuple[np.ndarray, np.ndarray]:
 
 
 def collective(
-    c: Columns, k: Constants, ranks: np.ndarray, size: np.ndarray, inner: np.ndarray
+    c: Columns,
+    k: Constants,
+    ranks: np.ndarray,
+    size: np.ndarray,
+    inner: np.ndarray,
+    slower: np.ndarray | float = 1.0,
 ) -> np.ndarray:
     """An all-reduce of `size` bytes over `ranks` that lie `inner` ranks apart in the machine.
 
     A group inside a node uses its links. One that spans nodes is a ring over the network, which
-    several members of a node share the load of; it slows as it reaches more nodes.
+    several members of a node share the load of; it slows as it reaches more nodes. Latency counts
+    a ring's steps, times `slower`.
     """
     spans = ranks * inner > c["per_node"]
     members = np.clip(c["per_node"] / inner, 1.0, c["per_node"])
@@ -86,8 +93,8 @@ def collective(
     net = c["net_link"] * members * k["net_bandwidth"] / (1 + reached / k["net_half_nodes"])
     rate = np.where(spans, np.minimum(net, node), node)
     latency = np.where(spans, k["net_latency_s"], k["tp_latency_s"])
-    steps = 1 + np.log2(np.maximum(ranks, 1))
-    return np.where(ranks > 1, latency * steps + 2 * (ranks - 1) / ranks * size / rate, 0.0)
+    moved = 2 * (ranks - 1) / ranks * size / rate
+    return np.where(ranks > 1, latency * slower * (ranks - 1) + moved, 0.0)
 
 
 def gradients(c: Columns, k: Constants, compute: np.ndarray) -> np.ndarray:
@@ -117,17 +124,21 @@ def terms(c: Columns, theta: np.ndarray) -> dict[str, np.ndarray]:
     forward, scores = layer_forward(c, k)
     again = np.where(c["recompute"] == 2, 1.0, 0.0)
     work = (3 + again) * forward + np.where(c["recompute"] == 1, scores, 0.0)
+    for option, gain in (("float8", "float8_gain"), ("compiled", "compiled_gain")):
+        work = work / np.where(c.get(option, 0 * m) > 0, k[gain], 1.0)
     issue = (3 + again) * k["layer_launch_s"]
     busy = softmax2(work, issue)
     activation = tokens * c["hidden"] * c["bytes"]
     calls = 4 + 2 * again
+    issue_factor = np.where(p > 1, k["pipelined_latency"], 1.0)
     layer = {
         "compute": work,
         "launch": busy - work,
-        "tensor": calls * collective(c, k, tp, activation, np.ones_like(tp)),
+        "tensor": calls * collective(c, k, tp, activation, np.ones_like(tp), issue_factor),
         "context": _context(c, k, activation),
         "experts": _experts(c, k, activation),
     }
+    layer["tensor"] *= np.where(c.get("async_tp", 0 * m) > 0, k["async_tp_left"], 1.0)
     per_layer = np.sum(list(layer.values()), axis=0)
     gemm = product(c, k)
     head = 3 * gemm(tokens, c["vocab"] / tp, c["hidden"])
@@ -142,7 +153,11 @@ def terms(c: Columns, theta: np.ndarray) -> dict[str, np.ndarray]:
     out["bubble"] = (p - 1) * share * (first * per_layer + k["microbatch_s"])
     out["transfer"] = _transfer(c, k, activation)
     out["exposed"] = gradients(c, k, out["compute"])
-    return out | _fixed(c, k)
+    out |= _fixed(c, k)
+    # a memory prediction is some percent wrong, so the limit is a slope and not a step
+    full = 1 / (1 + np.exp(-(c.get("fullness", 0 * m) - 0.95) / 0.03))
+    out["allocator"] = k["full_memory_slowdown"] * full * np.sum(list(out.values()), axis=0)
+    return out
 
 
 def _fixed(c: Columns, k: Constants) -> dict[str, np.ndarray]:
@@ -158,9 +173,18 @@ def _transfer(c: Columns, k: Constants, activation: np.ndarray) -> np.ndarray:
     crosses = c["tp"] * c["dp"] * c["cp"] * 2 > c["per_node"]
     split = np.where(c["sp"] > 0, c["tp"], 1.0)
     link = np.where(crosses, c["net_link"], c["node_link"]) * k["p2p_bandwidth"]
-    one = 2 * (k["p2p_latency_s"] + activation / split / link)
+    latency = np.where(crosses, k["p2p_net_latency_s"], k["p2p_latency_s"])
+    sends = np.where(c["pp"] > 2, 4.0, 2.0)  # an inner stage sends and receives both ways
+    each = latency + activation / split / link + k["p2p_stall_s"] * _slow_share(c, k)
     times = c["microbatches"] * c["chunks"] + c["pp"] - 1
-    return np.where(c["pp"] > 1, times * one, 0.0)
+    return np.where(c["pp"] > 1, times * sends * each, 0.0)
+
+
+def _slow_share(c: Columns, k: Constants) -> np.ndarray:
+    """Share of sends in the slow mode: seen on many nodes, and beside unsharded replicas."""
+    far = 1 / (1 + (k["p2p_stall_nodes"] / c["nodes"]) ** 4)
+    beside = np.where((c["zero"] == 0) & (c["dp"] > 1), k["unsharded_stall"], 0.0)
+    return 1 - (1 - far) * (1 - beside)
 
 
 def _context(c: Columns, k: Constants, activation: np.ndarray) -> np.ndarray:

@@ -1,0 +1,47 @@
+"""`pardemo score FILE.csv [--calibrate-rows N] [--seed S]`: the report, then one line of JSON."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pardemo.predict.score import score
+from pardemo.predict.tables import TableError
+
+
+def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the command's arguments to a parser."""
+    parser.add_argument("file", type=Path, help="a CSV of published runs or collectives")
+    parser.add_argument(
+        "--calibrate-rows", type=int, default=None, metavar="N",
+        help="rows to calibrate on (default 50, or half of a small table)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="which rows those are (default 0)")
+    parser.add_argument("--brief", action="store_true", help="leave the constants out")
+    return parser
+
+
+def run_score(options: argparse.Namespace) -> int:
+    """Print the report and, as the last line, the JSON document; 2 for a file that is no good."""
+    try:
+        found = score(options.file, options.calibrate_rows, options.seed)
+    except TableError as error:
+        print(f"pardemo score: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    text = repr(found)
+    if options.brief:
+        text = "\n".join(x for x in text.splitlines() if not x.startswith(("    ", "  constants")))
+    print(text)
+    print(found.json())
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command by itself."""
+    parser = argparse.ArgumentParser(
+        prog="pardemo score",
+        description="Predict a table of published runs and print the errors.",
+    )
+    return run_score(arguments(parser).parse_args(argv))

@@ -1,0 +1,218 @@
+"""Score the physics on a table of training runs: calibrate on N rows, predict the rest.
+
+Time: constants fitted on the N rows, then refined per machine where a table holds several. Memory:
+constants fitted on the same rows' readings; a row is foreseen out of memory when the predicted peak
+is above the device's. Rows on more than 4 times the calibrated nodes are refused and counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pardemo.predict import flops
+from pardemo.predict.columns import Columns, take
+from pardemo.predict.constants import MEMORY, TIME, Constant
+from pardemo.predict.fit import Fit, fit
+from pardemo.predict.memory import fitted_total, total
+from pardemo.predict.physics import seconds
+from pardemo.predict.runs import Runs, runs
+from pardemo.predict.stats import auc, errors, regret
+from pardemo.predict.step import FURTHEST
+from pardemo.predict.tables import Table, TableError
+
+DEFAULT_ROWS = 50
+# a second valley of the fit: a network whose sends between stages fall into a slow mode
+SLOW = {
+    "p2p_stall_s": 0.3,
+    "p2p_stall_nodes": 50.0,
+    "unsharded_stall": 0.5,
+    "pipelined_latency": 5.0,
+    "net_latency_s": 1e-4,
+}
+# a layout predicted to fill more than this is not picked while others are left
+ROOM = 0.92
+
+
+@dataclass(frozen=True)
+class RunScore:
+    """Everything a score of runs says: `stats` (JSON-able), the fits, and the rows' predictions."""
+
+    stats: dict[str, Any]
+    fits: dict[str, Fit]
+    rows: np.ndarray
+    predicted: np.ndarray
+    measured: np.ndarray
+
+
+def choose(candidates: np.ndarray, wanted: int | None, seed: int, path: str) -> np.ndarray:
+    """Which rows calibrate: `wanted` of them at random, by default 50 or half of what there is."""
+    if wanted is None:
+        wanted = min(DEFAULT_ROWS, len(candidates) // 2)
+    if wanted < 0:
+        raise TableError(f"{path}: --calibrate-rows must be 0 or more, got {wanted}")
+    if wanted >= len(candidates):
+        raise TableError(
+            f"{path}: --calibrate-rows {wanted} leaves nothing to predict: "
+            f"{len(candidates)} usable rows"
+        )
+    order = np.random.default_rng(seed).permutation(candidates)
+    return np.sort(order[:wanted])
+
+
+def score_runs(table: Table, wanted: int | None, seed: int) -> RunScore:
+    """Calibrate, predict, and compare; TableError when nothing is left to predict."""
+    data = runs(table)
+    timed = np.flatnonzero(data.ran & np.isfinite(data.seconds))
+    if len(timed) == 0:
+        raise TableError(f"{table.path}: no row has a time")
+    learn = choose(timed, wanted, seed, table.path)
+    fits: dict[str, Fit] = {}
+    peak, fits_memory = predict_memory(data, learn)
+    data.columns["fullness"] = np.minimum(peak / data.capacity, 2.0)
+    if fits_memory is not None:
+        fits["memory"] = fits_memory
+    predicted, time_fits = predict_time(data, learn)
+    fits |= time_fits
+    rest = np.setdiff1d(timed, learn)
+    refused = beyond(data.columns, learn, rest)
+    answered = rest[~refused]
+    stats: dict[str, Any] = {
+        "rows": len(data),
+        "calibrated": len(learn),
+        "predicted": len(answered),
+        "refused": int(refused.sum()),
+        "time": errors(predicted[answered], data.seconds[answered]),
+    }
+    if len(answered):
+        lo, hi = time_fits["time"].spread
+        ratio = data.seconds[answered] / predicted[answered]
+        stats["time"]["inside_interval"] = float(((ratio >= lo) & (ratio <= hi)).mean())
+        stats["regret"] = regrets(data, answered, predicted, peak)
+    stats |= memory_stats(data, learn, peak)
+    stats["flops"] = flop_stats(table)
+    return RunScore(stats, fits, data.rows[answered], predicted[answered], data.seconds[answered])
+
+
+def beyond(c: Columns, learn: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """Rows on so many more nodes than any calibration row that no answer is given."""
+    if len(learn) == 0:
+        return np.zeros(len(rest), bool)
+    return c["nodes"][rest] > FURTHEST * c["nodes"][learn].max()
+
+
+def predict_time(data: Runs, learn: np.ndarray) -> tuple[np.ndarray, dict[str, Fit]]:
+    """Seconds for every row, and the fits: one for all, one per machine where there are several."""
+    c, y = data.columns, data.seconds
+    starts = [{}, SLOW] if (c["nodes"] > 1).any() else [{}]
+    whole = fit(seconds, TIME, take(c, learn), y[learn], starts=starts)
+    out = seconds(c, whole.theta)
+    fits = {"time": whole}
+    groups = np.unique(data.group)
+    if len(groups) < 2:
+        return out, fits
+    for name in groups:
+        mine = learn[data.group[learn] == name]
+        if len(mine) < 2:
+            continue
+        near = narrowed(TIME, whole)
+        refined = fit(seconds, near, take(c, mine), y[mine])
+        rows = np.flatnonzero(data.group == name)
+        out[rows] = seconds(take(c, rows), refined.theta)
+        fits[f"time: {name}"] = refined
+    return out, fits
+
+
+def narrowed(constants: tuple[Constant, ...], found: Fit) -> tuple[Constant, ...]:
+    """The same constants with a fit's values as usual ones: the prior of one machine's refit."""
+    values = found.values()
+    return tuple(
+        Constant(
+            k.name,
+            k.unit,
+            k.low,
+            float(np.clip(values[k.name], k.low, k.high)),
+            k.high,
+            k.spread / 2,
+            k.meaning,
+        )
+        for k in constants
+    )
+
+
+def predict_memory(data: Runs, learn: np.ndarray) -> tuple[np.ndarray, Fit | None]:
+    """Predicted peak bytes of every row: fitted where rows have readings, else the closed form."""
+    mine = learn[np.isfinite(data.memory[learn])]
+    if len(mine) < 5:
+        return total(data.columns | {"balanced": data.columns["pp"] * 0}), None
+    found = fit(fitted_total, MEMORY, take(data.columns, mine), data.memory[mine], scale=0.08)
+    peak = fitted_total(data.columns, found.theta)
+    return np.where(data.columns["empty_stages"] > 0, np.inf, peak), found
+
+
+def regrets(
+    data: Runs, answered: np.ndarray, predicted: np.ndarray, peak: np.ndarray
+) -> dict[str, Any]:
+    """Regret among held-out rows of the same model, GPUs and tokens; full ones rank last."""
+    full = peak[answered] > ROOM * data.capacity[answered]
+    ranked = np.where(full, 1e6 * predicted[answered], predicted[answered])
+    return regret(data.where[answered], ranked, data.seconds[answered])
+
+
+def memory_stats(data: Runs, learn: np.ndarray, peak: np.ndarray) -> dict[str, Any]:
+    """Errors of the predicted peaks, and how well running out of memory was foreseen."""
+    out: dict[str, Any] = {}
+    rest = np.setdiff1d(np.arange(len(data)), learn)
+    read = rest[np.isfinite(data.memory[rest]) & np.isfinite(peak[rest])]
+    if len(read):
+        out["memory"] = errors(peak[read], data.memory[read])
+    failed = ~data.ran[rest]
+    if failed.any():
+        over = peak[rest] > data.capacity[rest]
+        out["out_of_memory"] = {
+            "rows": int(failed.sum()),
+            "foreseen": float(over[failed].mean()),
+            "false_alarms": float(over[~failed].mean()) if (~failed).any() else 0.0,
+            "auc": auc(peak[rest] / data.capacity[rest], failed),
+        }
+    return out
+
+
+def flop_stats(table: Table) -> dict[str, Any]:
+    """FLOP formulae against the table's own numbers, with the convention that reproduces them."""
+    out: dict[str, Any] = {}
+    data = runs(table)
+    index = np.array([table.lines.index(r) for r in data.rows])
+    c = data.columns
+    if table.has("flops_per_token"):
+        stated = table.numbers("flops_per_token")[index]
+        n = c["layers"] * (c["attention_p"] + c["matrices"] * c["hidden"] * c["ffn"])
+        mine = 6 * (n + c["table_p"]) + 12 * c["layers"] * c["hidden"] * c["seq"]
+        out["flops_per_token"] = _checked(mine, stated, flops.PALM)
+    if table.has("tflops_per_gpu"):
+        stated = table.numbers("tflops_per_gpu")[index] * 1e12
+        shape = [c[k] for k in ("layers", "hidden", "vocab", "seq")]
+        batch = data.tokens / c["seq"]
+        rate = np.array([flops.megatron_eq3(*row) for row in zip(*shape, batch, strict=True)])
+        rate = rate / data.seconds / c["ranks"]
+        out["tflops_per_gpu"] = _checked(rate, stated, flops.MEGATRON)
+    if table.has("params_b"):
+        # equation 2 of the same paper: 12 l h^2 (1 + 13/12h + (V + s)/12lh), biases counted
+        stated = table.numbers("params_b")[index] * 1e9
+        h, layers = c["hidden"], c["layers"]
+        mine = (
+            12 * layers * h * h * (1 + 13 / (12 * h) + (c["vocab"] + c["seq"]) / (12 * layers * h))
+        )
+        out["params_b"] = _checked(mine, stated, flops.MEGATRON)
+    return out
+
+
+def _checked(mine: np.ndarray, stated: np.ndarray, convention: flops.Convention) -> dict[str, Any]:
+    good = np.isfinite(stated) & np.isfinite(mine)
+    if not good.any():
+        return {"rows": 0}
+    found = errors(mine[good], stated[good])
+    kept = ("rows", "median_error", "worst_error")
+    return {k: found[k] for k in kept} | {"convention": convention.name}
