@@ -1,0 +1,43 @@
+"""The widget: the controls of an explorer in a live kernel, and its picture below them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+from IPython.display import Markdown, display
+
+from pardemo.explore.scene import Explorer
+
+
+class Live(widgets.VBox):
+    """Sliders and the picture they change; where widgets cannot show, the picture alone does."""
+
+    def __init__(self, explorer: Explorer) -> None:
+        self.explorer = explorer
+        self.controls = {
+            name: widgets.SelectionSlider(
+                options=sorted(values) if _numbers(values) else list(values),
+                value=values[0],
+                description=name.replace("_", " "),
+                style={"description_width": "10em"},
+                layout={"width": "32em"},
+                continuous_update=False,
+            )
+            for name, values in explorer.controls.items()
+        }
+        shown = widgets.interactive_output(self._show, self.controls)
+        super().__init__([*self.controls.values(), shown])
+
+    def _show(self, **values: Any) -> None:
+        scene = self.explorer.scene(**values)
+        if scene.lanes:
+            drawn = scene.figure()
+            display(drawn)
+            plt.close(drawn)
+        display(Markdown(f"**{scene.said}**"))
+
+
+def _numbers(values: tuple[Any, ...]) -> bool:
+    return all(isinstance(value, int | float) for value in values)

@@ -1,0 +1,92 @@
+"""Explorers: the numbers are the package's own, and picture, widget and page show the same."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import matplotlib.pyplot as plt
+import pytest
+
+from pardemo import explore, predict
+from pardemo.explore.ring import held
+from pardemo.explore.static import fragment
+
+
+@pytest.mark.parametrize("name", explore.names())
+def test_every_setting_draws_or_says_why_not(name: str) -> None:
+    explorer = explore.get(name)
+    settings = explorer.settings()
+    assert len(settings) >= 20
+    for values in settings[:: max(1, len(settings) // 20)]:
+        scene = explorer.scene(**values)
+        assert len(scene.said) > 20
+        assert bool(scene.lanes) == bool(scene.boxes)
+        assert all(0 <= box.lane < len(scene.lanes) and box.width >= 0 for box in scene.boxes)
+
+
+def test_the_bubble_of_the_explorer_is_the_closed_form() -> None:
+    scene = explore.scene("pipeline", schedule_name="gpipe", stages=4, microbatches=8, virtual=1)
+    assert scene.numbers["bubble"] == pytest.approx(3 / 11)
+    assert "27.3%" in scene.said
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_the_ring_ends_with_every_chunk_whole_and_not_one_step_earlier(ranks: int) -> None:
+    steps = 2 * (ranks - 1)
+    whole = [
+        all(c == set(range(ranks)) for r in held(ranks, s) for c in r) for s in range(steps + 1)
+    ]
+    assert whole == [False] * steps + [True]
+    sent = explore.scene("ring", ranks=ranks, step=steps).numbers["sent"]
+    assert sent == pytest.approx(predict.wire_factor("all_reduce", ranks))
+
+
+def test_zero_memory_is_what_predict_says() -> None:
+    scene = explore.scene("zero", billions=7, ranks=64, precision="bf16 + fp32 master")
+    assert scene.numbers["ddp"] == pytest.approx(112)
+    assert scene.numbers["zero3"] == pytest.approx(112 / 64)
+
+
+def test_one_huge_bucket_hides_nothing_and_a_fast_link_exposes_little() -> None:
+    huge = explore.scene("buckets", bucket_mb=400, link_gb_per_s=12.0, ranks=8)
+    split = explore.scene("buckets", bucket_mb=25, link_gb_per_s=12.0, ranks=8)
+    assert huge.numbers["buckets"] == 1
+    assert split.numbers["exposed_s"] < huge.numbers["exposed_s"] / 3
+
+
+def test_an_unknown_explorer_or_control_names_the_right_ones() -> None:
+    with pytest.raises(ValueError, match="did you mean 'pipeline'"):
+        explore.get("pipelin")
+    with pytest.raises(ValueError, match="no control"):
+        explore.scene("ring", rank=3)
+
+
+def test_the_picture_has_a_box_for_every_box_of_the_scene() -> None:
+    scene = explore.scene("pipeline", schedule_name="1f1b", stages=2, microbatches=4)
+    drawn = scene.figure()
+    assert len(drawn.axes[0].patches) == len(scene.boxes) == 2 * 2 * 4
+    plt.close(drawn)
+
+
+def test_moving_a_slider_changes_the_live_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    live = explore.live("ring")
+    capsys.readouterr()
+    live.controls["step"].value = 3
+    live.controls["ranks"].value = 3
+    assert {name: control.value for name, control in live.controls.items()} == {
+        "ranks": 3,
+        "step": 3,
+    }
+    shown = capsys.readouterr().out  # without a kernel, display() prints
+    assert shown.count("Figure") == shown.count("Markdown") == 2
+
+
+def test_the_page_is_self_contained_and_holds_the_scenes_of_python() -> None:
+    page = explore.page()
+    addresses = set(re.findall(r"https?://[^\s'\"<]+", page))
+    assert addresses <= {"http://www.w3.org/2000/svg"}
+    piece = fragment(explore.get("ring"))
+    data = json.loads(re.search(r'json">(.*?)</script>', piece, re.S).group(1))  # type: ignore[union-attr]
+    assert data["scenes"]["[4, 3]"]["said"] == explore.scene("ring", ranks=4, step=3).said
+    assert len(piece) < 200_000
