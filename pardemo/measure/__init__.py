@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from pardemo.measure.anatomy import Anatomy, Share, decompose
 from pardemo.measure.inside import Case
+from pardemo.measure.memory import MemoryReport, weigh
 from pardemo.measure.quiet import quiet
 from pardemo.measure.rounds import Comparison, compare
 from pardemo.measure.samples import Samples
@@ -30,6 +31,7 @@ __all__ = [
     "Comparison",
     "Counting",
     "Flow",
+    "MemoryReport",
     "Ratio",
     "Samples",
     "Share",
@@ -39,4 +41,5 @@ __all__ = [
     "count",
     "decompose",
     "quiet",
+    "weigh",
 ]

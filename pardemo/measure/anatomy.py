@@ -153,7 +153,7 @@ def _summary(
     middle = np.array([np.median(part, axis=0) for part in (alone, exposed, idle)])  # part, rank
     step_s = float(np.median(step))
     shares = tuple(
-        Share(rank, *map(float, parts), rest_s=float(step_s - parts.sum()))
+        Share(rank, *map(float, parts), float(step_s - parts.sum()))  # type: ignore[call-arg, misc]
         for rank, parts in enumerate(middle.T)
     )
     compute_s, exposed_s, idle_s = map(float, middle.mean(axis=1))

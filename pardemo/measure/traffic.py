@@ -10,17 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.optim.optimizer import register_optimizer_step_post_hook as after_every_step
-from torch.optim.optimizer import register_optimizer_step_pre_hook as before_every_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pardemo.measure import volumes
-
-Phase = Literal["forward", "backward", "optimizer"]
+from pardemo.measure.phases import Phase, PhaseWatch
 
 
 @dataclass(frozen=True)
@@ -104,32 +101,26 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self._calls: list[tuple[volumes.Call, Phase]] = []
         self._waiting: list[int] = []  # receives whose phase the next operator will tell
-        self._in_optimizer = 0
         self._last: Phase = "forward"
-        self._hooks: list[Any] = []
+        self._watch = PhaseWatch(after=self._new_step)
+
+    def _new_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._last = "forward"
 
     def __enter__(self) -> Counting:
-        def enter(*_: Any) -> None:
-            self._in_optimizer += 1
-
-        def leave(*_: Any) -> None:
-            self._in_optimizer -= 1
-            self._last = "forward"
-
-        self._hooks = [before_every_step(enter), after_every_step(leave)]
+        self._watch.open()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for hook in self._hooks:
-            hook.remove()
+        self._watch.close()
         self._settle("forward")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        phase = self._phase()
+        phase = self._watch.now()
         if func.namespace in volumes.NAMESPACES:
             name = func._schema.name.split("::")[1]
             for call in volumes.read(name, args):
@@ -141,13 +132,6 @@ class Counting(TorchDispatchMode):
         if func in _COPIES:
             self._note_copy(func, args, out, phase)
         return out
-
-    def _phase(self) -> Phase:
-        if self._in_optimizer:
-            return "optimizer"
-        if torch._C._current_graph_task_id() != -1:  # type: ignore[attr-defined]
-            return "backward"
-        return "forward"
 
     def _add(self, call: volumes.Call, phase: Phase) -> None:
         if phase == "forward" and call.kind == "send":

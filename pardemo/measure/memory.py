@@ -1,0 +1,220 @@
+"""weigh(): what one training step keeps in memory on this rank, by kind, and when it is most.
+
+On a CPU every tensor's storage is counted from its first appearance to its end; on a GPU the
+peak is the allocator's. Parts of sharded tensors (DTensor) count with their local shard.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pardemo.measure.phases import PhaseWatch
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes on one rank: each kind at its own largest, and the peak of all storages together.
+
+    `activations_bytes`: tensors kept for the backward pass, without parameters and buffers.
+    `peak_at` says in which phase the peak was, and in which operator.
+    """
+
+    parameters_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    buffers_bytes: int
+    peak_bytes: int
+    peak_at: str = ""
+
+    @property
+    def states_bytes(self) -> int:
+        """What stays between steps: parameters, gradients, optimizer state, buffers."""
+        kept = self.parameters_bytes + self.gradients_bytes
+        return kept + self.optimizer_bytes + self.buffers_bytes
+
+    def __repr__(self) -> str:
+        names = ("parameters", "gradients", "optimizer", "activations", "buffers")
+        parts = [f"{name} {getattr(self, f'{name}_bytes') / 1e6:.3f}" for name in names]
+        where = f", reached in {self.peak_at}" if self.peak_at else ""
+        return f"memory [MB]: {', '.join(parts)}; peak {self.peak_bytes / 1e6:.3f}{where}"
+
+
+def weigh(
+    step: Callable[[], object],
+    model: nn.Module | None = None,
+    snapshot: str | Path | None = None,
+) -> MemoryReport:
+    """Run `step` once on this rank and weigh what it keeps (call it on every rank).
+
+    Warm up first: optimizers make their state in their first step. `model` names the parameters
+    and buffers; without it the parameters are those of the optimizers that step. On GPUs
+    `snapshot` is a path for torch's allocator history (open it at pytorch.org/memory_viz).
+    """
+    with _Scale(model) as scale:
+        peak, where = _on_gpu(step, snapshot) if torch.cuda.is_available() else (0, "")
+        if not torch.cuda.is_available():
+            step()
+            peak, where = scale.peak, scale.peak_at
+    return MemoryReport(
+        parameters_bytes=_bytes(scale.parameters()),
+        gradients_bytes=scale.gradients,
+        optimizer_bytes=_bytes(scale.optimizer_state()),
+        activations_bytes=scale.saved_peak,
+        buffers_bytes=_bytes(model.buffers()) if model is not None else 0,
+        peak_bytes=peak,
+        peak_at=where,
+    )
+
+
+class _Scale(TorchDispatchMode):
+    """Watches storages come and go, and what autograd saves for the backward pass."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizers: dict[int, torch.optim.Optimizer] = {}
+        self.live = self.peak = self.gradients = 0
+        self.saved = self.saved_peak = 0
+        self.peak_at = ""
+        self._known: dict[int, int] = {}
+        self._saved: dict[int, list[int]] = {}  # storage -> [times saved, bytes]
+        self._watch = PhaseWatch(before=self._weigh_gradients)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
+
+    def __enter__(self) -> _Scale:
+        if self.model is not None:
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                self._see(tensor, "what was there before")
+                if tensor.grad is not None:
+                    self._see(tensor.grad, "what was there before")
+        self._watch.open()
+        self._hooks.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._hooks.__exit__(*error)
+        self._watch.close()
+        self.gradients = max(self.gradients, _bytes(_gradients(self.parameters())))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf, func._schema.name)
+        return out
+
+    def parameters(self) -> list[torch.Tensor]:
+        """The model's parameters, or those of the optimizers that stepped."""
+        if self.model is not None:
+            return list(self.model.parameters())
+        groups = (group for o in self.optimizers.values() for group in o.param_groups)
+        return [p for group in groups for p in group["params"]]
+
+    def optimizer_state(self) -> Iterator[torch.Tensor]:
+        """Tensors of the optimizers' states."""
+        for optimizer in self.optimizers.values():
+            yield from (t for t in tree_leaves(dict(optimizer.state)) if torch.is_tensor(t))
+
+    def _weigh_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        if id(optimizer) not in self.optimizers:
+            self.optimizers[id(optimizer)] = optimizer
+            for tensor in self.optimizer_state():
+                self._see(tensor, "what was there before")
+        self.gradients = max(self.gradients, _bytes(_gradients(self.parameters())))
+
+    def _see(self, tensor: torch.Tensor, operator: str) -> None:
+        storage = _local(tensor).untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        before = self._known.get(key)
+        if before == size or tensor.device.type == "meta":
+            return
+        if before is None:
+            weakref.finalize(storage, self._gone, key)
+        self._known[key] = size
+        self.live += size - (before or 0)
+        if self.live > self.peak:
+            self.peak, self.peak_at = self.live, f"{self._watch.now()} ({operator})"
+
+    def _gone(self, key: int) -> None:
+        self.live -= self._known.pop(key, 0)
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        source = tensor._base if tensor._base is not None else tensor
+        local = _local(tensor)
+        kept = _Kept(tensor)
+        if isinstance(source, nn.Parameter) or local.device.type == "meta" or self._is_own(local):
+            return kept
+        storage = local.untyped_storage()
+        entry = self._saved.setdefault(storage._cdata, [0, storage.nbytes()])
+        if entry[0] == 0:
+            self.saved += entry[1]
+            self.saved_peak = max(self.saved_peak, self.saved)
+        entry[0] += 1
+        weakref.finalize(kept, self._released, storage._cdata)
+        return kept
+
+    def _released(self, key: int) -> None:
+        entry = self._saved[key]
+        entry[0] -= 1
+        if entry[0] == 0:
+            self.saved -= self._saved.pop(key)[1]
+
+    def _is_own(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor shares the storage of a parameter or buffer of the model."""
+        if self.model is None:
+            return False
+        key = tensor.untyped_storage()._cdata
+        own = (*self.model.parameters(), *self.model.buffers())
+        return any(_local(t).untyped_storage()._cdata == key for t in own)
+
+
+@dataclass(eq=False)
+class _Kept:
+    """A saved tensor; its end is the end of what autograd keeps."""
+
+    tensor: torch.Tensor
+
+
+def _on_gpu(step: Callable[[], object], snapshot: str | Path | None) -> tuple[int, str]:
+    """The allocator's peak over one step, and its history where a path is given."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    if snapshot is not None:
+        torch.cuda.memory._record_memory_history()
+    try:
+        step()
+        torch.cuda.synchronize()
+        if snapshot is not None:
+            torch.cuda.memory._dump_snapshot(str(snapshot))
+    finally:
+        if snapshot is not None:
+            torch.cuda.memory._record_memory_history(enabled=None)
+    return torch.cuda.max_memory_allocated(), "the allocator's record"
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def _gradients(parameters: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    return (p.grad for p in parameters if p.grad is not None)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of these tensors' elements; a tensor listed twice (tied weights) counts once."""
+    unique = {id(t): _local(t) for t in tensors}
+    return sum(t.numel() * t.element_size() for t in unique.values())
