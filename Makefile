@@ -2,16 +2,18 @@
 PYTHON ?= $(shell for v in 3.11 3.12 3.13 3; do command -v python$$v >/dev/null 2>&1 && python$$v -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v python$$v && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# what to install beside the package: dev for the tests, e2e for those in a browser
+EXTRAS ?= dev
+STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: setup lab bench test lint notebooks clean
+.PHONY: setup lab bench test soak lint notebooks clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "pardemo needs python 3.11 or newer on the PATH"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
 lab: setup
@@ -23,8 +25,14 @@ bench: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# every fault many times over, every lesson in the browser: hours on a small machine
+soak: setup
+	$(BIN)/python -m pytest -m "soak or not soak"
+
 lint: setup
-	$(BIN)/ruff check . && $(BIN)/ruff format --check pardemo tests && $(BIN)/mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check pardemo tests
+	$(BIN)/mypy
 
 notebooks: setup
 	$(BIN)/python -m pardemo notebooks
