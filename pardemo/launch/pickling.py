@@ -8,8 +8,10 @@ read a cell from disk and a traceback without its line teaches nothing.
 
 from __future__ import annotations
 
+import functools
 import io
 import linecache
+import os
 import pickle
 import sys
 import types
@@ -35,6 +37,7 @@ class _Pickler(cloudpickle.Pickler):
         super().__init__(file, protocol=5, buffer_callback=buffers.append)
         self.detach = detach
         self.functions: list[types.FunctionType] = []
+        self.by_value: list[types.ModuleType] = []
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.Tensor):
@@ -43,7 +46,36 @@ class _Pickler(cloudpickle.Pickler):
                 return reduced
         if isinstance(obj, types.FunctionType):
             self.functions.append(obj)
+        if isinstance(obj, types.FunctionType | type):
+            self._send_unimportable(sys.modules.get(obj.__module__))
         return super().reducer_override(obj)
+
+    def _send_unimportable(self, module: types.ModuleType | None) -> None:
+        """Send by value what is in a module that a rank could not import, like a test's."""
+        name = module.__name__ if module is not None else "__main__"
+        if module is None or name == "__main__" or _importable(name.partition(".")[0]):
+            return
+        if name not in cloudpickle.list_registry_pickle_by_value():
+            cloudpickle.register_pickle_by_value(module)
+            self.by_value.append(module)
+
+    def dump(self, obj: Any) -> None:
+        """Pickle `obj`; leaves cloudpickle's registry as it was."""
+        try:
+            super().dump(obj)
+        finally:
+            for module in self.by_value:
+                cloudpickle.unregister_pickle_by_value(module)
+            self.by_value.clear()
+
+
+@functools.cache
+def _importable(name: str) -> bool:
+    """Whether a fresh process with this sys.path would find a top-level module."""
+    if name in sys.builtin_module_names:
+        return True
+    finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
+    return any(finder.find_spec(name, None) is not None for finder in finders)
 
 
 def pack(value: Any, what: str, detach: bool = False) -> tuple[list[Part], dict[str, list[str]]]:
@@ -123,7 +155,7 @@ def _sources(functions: list[types.FunctionType]) -> dict[str, list[str]]:
     for function in functions:
         name = function.__code__.co_filename
         lines = linecache.getlines(name, function.__globals__)
-        if lines and function.__module__ == "__main__":
+        if lines and not os.path.exists(name):
             found[name] = lines
     return found
 

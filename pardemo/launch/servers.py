@@ -224,6 +224,7 @@ def _main_hidden() -> Iterator[None]:
 def _spawned(rank: int, connections: list[list[Any]], kernel: int) -> None:
     """What torch.multiprocessing.spawn runs in each new process."""
     os.setpgid(0, 0)
+    mp.set_start_method(None, force=True)  # DataLoader workers start as in any other process
     fds = []
     for index, row in enumerate(connections):
         for connection in row:

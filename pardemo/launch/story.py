@@ -12,6 +12,7 @@ _INDENT = "    "
 _LINE_CHARS = 160
 _ORIGIN = re.compile(r"^\[\S+:\d+\] ")  # where in gloo's sources an error was raised
 _NOT_THE_LEARNERS = ("pardemo/launch/", "/multiprocessing/", "/threading.py", "<frozen ")
+_LIBRARY = re.compile(r"^.*/(site-packages|python3\.\d+)/")
 _FILE = re.compile(r'File "([^"]+)"')
 
 
@@ -84,7 +85,7 @@ def _indent(text: str) -> str:
 
 
 def _relabel(text: str) -> str:
-    """Call the file of a cell what the notebook calls it: `Cell In[3]`."""
+    """Call the file of a cell what the notebook calls it, `Cell In[3]`; shorten library paths."""
     shell = None
     with contextlib.suppress(ImportError):
         from IPython import get_ipython
@@ -93,7 +94,9 @@ def _relabel(text: str) -> str:
     numbers = getattr(getattr(shell, "compile", None), "_filename_map", {})
 
     def label(found: re.Match[str]) -> str:
-        number = numbers.get(found.group(1))
-        return found.group(0) if number is None else f"Cell In[{number}]"
+        name = found.group(1)
+        if name in numbers:
+            return f"Cell In[{numbers[name]}]"
+        return f'File "{_LIBRARY.sub("", name)}"'
 
     return _FILE.sub(label, text)

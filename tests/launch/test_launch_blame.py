@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from faults import FAULTS, Fault
+from launch_faults import FAULTS, Fault
 
 from pardemo.launch import RankFailed, Ranks, RankTimeout, launch
 

@@ -1,0 +1,8 @@
+"""Makes this directory's helpers importable, here and, through sys.path, in the ranks."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(__file__))

@@ -1,0 +1,90 @@
+"""Whatever ends a kernel ends its ranks, and what they started, within two seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+from launch_kernels import SETUP, Kernel, a_kernel, alive, kill_hard
+
+WITH_WORKERS = """
+from torch.utils.data import DataLoader
+class Slow(torch.utils.data.Dataset):
+    def __len__(self): return 1000
+    def __getitem__(self, i):
+        time.sleep(0.05)
+        return torch.ones(2)
+"""
+
+BLOCKED = {
+    "mutual recv": "dist.recv(torch.ones(2), 1 - rank())",
+    "data loader": """loader = DataLoader(Slow(), num_workers=2, persistent_workers=True)
+    batches = iter(loader)
+    next(batches)
+    print('now', flush=True)
+    time.sleep(60)""",
+}
+
+
+def blocked_kernel(kernel: Kernel, how: str, start: str = "forkserver") -> list[psutil.Process]:
+    """Two ranks blocked in the kernel, and the whole family of its processes."""
+    assert kernel.run(SETUP + WITH_WORKERS).status == "ok"
+    body = "" if how == "data loader" else "    print('now', rank(), flush=True)\n"
+    cell = f"def block():\n{body}    {BLOCKED[how]}\nlaunch(block, nprocs=2, start={start!r})"
+    kernel.send(cell)
+    kernel.wait_for_output("now", timeout=90)
+    time.sleep(0.3)
+    return kernel.family()
+
+
+@pytest.mark.parametrize("how", BLOCKED)
+def test_nothing_outlives_a_killed_kernel_by_two_seconds(how: str) -> None:
+    with a_kernel() as kernel:
+        family = blocked_kernel(kernel, how)
+        assert len(family) >= (8 if how == "data loader" else 4)  # kernel, fork server, ranks
+        assert kill_hard(kernel) == []
+
+
+def test_nothing_outlives_a_killed_kernel_when_ranks_were_spawned() -> None:
+    with a_kernel() as kernel:
+        blocked_kernel(kernel, "data loader", start="spawn")
+        assert kill_hard(kernel) == []
+
+
+def test_a_child_that_the_kernel_forked_does_not_keep_the_ranks_alive() -> None:
+    with a_kernel() as kernel:
+        assert kernel.run(SETUP).status == "ok"
+        cell = "held = Ranks(2).__enter__()\nchild = os.fork()\nif child == 0: time.sleep(600)"
+        assert kernel.run(cell).status == "ok"
+        child = psutil.Process(int(kernel.run("print(child)").out))
+        try:
+            left = [p for p in kill_hard(kernel) if p.pid != child.pid]
+            assert left == []
+        finally:
+            child.kill()
+
+
+def test_a_restart_leaves_no_rank() -> None:
+    with a_kernel() as kernel:
+        family = blocked_kernel(kernel, "data loader")[1:]
+        kernel.manager.restart_kernel(now=True)
+        deadline = time.monotonic() + 2.0
+        while alive(family) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert alive(family) == []
+
+
+def test_a_killed_fork_server_is_named_and_the_next_launch_works() -> None:
+    with a_kernel() as kernel:
+        family = blocked_kernel(kernel, "mutual recv")
+        server = next(p for p in family if "pardemo.launch.zygote" in p.cmdline())
+        ranks = server.children(recursive=True)
+        os.kill(server.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 5.0
+        while alive(ranks) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert alive(ranks) == []
+        assert kernel.run("print(launch(reduce, nprocs=2)[0])").out == "4.0\n"
