@@ -1,4 +1,4 @@
-"""A plain multi-layer perceptron, for the digits."""
+"""A plain multi-layer perceptron, for the digits; weights start as in He 2015b."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ class Layer(nn.Module):
     def __init__(self, inputs: int, outputs: int, last: bool) -> None:
         super().__init__()
         self.linear = nn.Linear(inputs, outputs)
+        nn.init.kaiming_normal_(self.linear.weight, nonlinearity="linear" if last else "relu")
+        nn.init.zeros_(self.linear.bias)
         self.activation = nn.Identity() if last else nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,7 @@ class Strategy:
 
     `axes` name the mesh, outermost first. `reasons_against(model, world_size, batch_size)` says why
     it does not fit (empty: it fits). `one_process(knobs)` is True where the strategy drives all
-    its devices from one process; such a build takes the knob `devices`. `degrees(world_size)`
+    its devices from one process, told by the knob `devices` if it has one. `degrees(world_size)`
     overrides how a world is factored over the axes.
     """
 
@@ -112,7 +112,7 @@ class Strategy:
     def place(self, devices: int, knobs: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """(ranks to launch, knobs for build) to run this strategy on `devices` devices."""
         if self.one_process(knobs):
-            return 1, {"devices": devices, **knobs}
+            return 1, {"devices": devices, **knobs} if "devices" in self.knobs else knobs
         return devices, knobs
 
 

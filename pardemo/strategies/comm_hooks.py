@@ -109,14 +109,10 @@ NAMES = ("fp16", "bf16", "powersgd", "noop")
 
 def register(ddp: Any, name: str, group: Group, rank: int = 4) -> None:
     """Register the hook called `name` on a DDP module."""
-    if name == "powersgd":
-        power = PowerSGD(group, rank)
-
-        def powersgd(
-            state: Any, bucket: dist.GradBucket
-        ) -> torch.futures.Future[torch.Tensor]:  # DDP wants a function with exactly these names
-            return power(state, bucket)
-
-        ddp.register_comm_hook(None, powersgd)
-    else:
-        ddp.register_comm_hook(group, {"fp16": fp16, "bf16": bf16, "noop": noop}[name])
+    hook = (
+        PowerSGD(group, rank)
+        if name == "powersgd"
+        else {"fp16": fp16, "bf16": bf16}.get(name, noop)
+    )
+    # DDP refuses annotations that are strings, as postponed ones are; a lambda has none
+    ddp.register_comm_hook(group, lambda state, bucket: hook(state, bucket))

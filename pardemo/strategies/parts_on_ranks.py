@@ -40,6 +40,10 @@ class OnRanks(base.Step):
         self.loss, self.place, self.device, self.clip_grad = loss, place, device, clip_grad
         self.keys = list(model.state_dict())
         self.held = parts.slots(model, mine)
+        if place.rank == 0:  # buffers that no piece uses are still in the state dict
+            used = parts.slots(model, [module for part in cut for _, module in part])
+            everything = parts.slots(model)
+            self.held |= {key: everything[key] for key in everything if key not in used}
         refuse_shared_statistics(cut)
         self.tied = tied(cut)
         parameters = list(self.model.parameters())

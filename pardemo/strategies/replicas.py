@@ -98,10 +98,10 @@ class ThreadReplicas(nn.Module):
         self.module, self.devices, self.phases = module, devices, phases
         self.meeting: batchnorm.Meeting | None = None
 
-    def forward(self, inputs: Any) -> Any:
+    def forward(self, *args: Any, **named: Any) -> Any:
         """Scatter, replicate, apply in threads, gather."""
         with self.phases.phase("scatter"):
-            parts = scatter(inputs, self.devices)
+            parts = scatter(named or args, self.devices)
         self.phases.count("scatter", parts)
         with self.phases.phase("replicate"):
             copies = replicate(self.module, len(parts))
@@ -167,7 +167,7 @@ def replicate(module: nn.Module, count: int) -> list[nn.Module]:
 def apply_in_threads(
     copies: Sequence[nn.Module], parts: Sequence[Any], meeting: batchnorm.Meeting | None = None
 ) -> list[Any]:
-    """Run copy i on part i in thread i; the first error of a thread is raised here."""
+    """Run copy i on part i, its arguments, in thread i; a thread's first error is raised here."""
     outputs: list[Any] = [None] * len(copies)
     errors: list[BaseException] = []
     grad, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
@@ -175,7 +175,7 @@ def apply_in_threads(
     def run(index: int) -> None:
         try:
             with torch.set_grad_enabled(grad), torch.autocast("cpu", enabled=autocast):
-                outputs[index] = copies[index](parts[index])
+                outputs[index] = base.call(copies[index], parts[index])
         except BaseException as error:
             errors.append(error)
             if meeting is not None:

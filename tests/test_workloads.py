@@ -1,0 +1,96 @@
+"""Workloads learn, repeat themselves exactly, and take the reader's own model."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from pardemo import strategies
+from pardemo.workloads import names, workload
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet-mini", "gpt-mini"])
+def test_losses_go_down(name: str) -> None:
+    work = workload(name, batch_size=16)
+    step = strategies.get("single").build(work.make_model(0), work.make_optimizer, work.loss, None)
+    losses = [float(step.step(work.make_batch(16, i, 0))) for i in range(30)]
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet-mini", "resnet18", "gpt-mini"])
+def test_models_and_batches_follow_from_their_arguments_alone(name: str) -> None:
+    work = workload(name)
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first, batch = work.make_model(3), work.make_batch(4, 7, 5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(2)
+    again, other = work.make_model(3), work.make_batch(4, 7, 5)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)
+    )
+    assert torch.equal(batch[0], other[0])
+    assert not torch.equal(batch[0], work.make_batch(4, 8, 5)[0])
+    different = work.make_model(4)
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(first.parameters(), different.parameters(), strict=True)
+    )
+
+
+def test_every_name_is_a_workload_or_says_what_is_missing() -> None:
+    expected = {"mlp", "resnet18", "resnet50", "gpt-mini", "gpt-small", "gpt2", "moe-mini"}
+    assert expected <= set(names())
+    for name in ("resnet18", "gpt-small", "gpt2"):
+        with torch.device("meta"):
+            assert isinstance(workload(name).make_model(0), nn.Module)
+
+
+def test_a_wrong_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'gpt-mini'"):
+        workload("gpt-mimi")
+    with pytest.raises(ValueError, match=r"package\.module:name"):
+        workload("zzz")
+
+
+@pytest.fixture
+def mine(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    module = types.ModuleType("my_package")
+    monkeypatch.setitem(sys.modules, "my_package", module)
+    return module
+
+
+def test_ones_own_model_becomes_a_workload(mine: Any) -> None:
+    def make() -> tuple[Any, ...]:
+        batch = torch.randn(6, 5), torch.arange(6) % 3
+        return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), F.cross_entropy, batch
+
+    mine.make = make
+    work = workload("my_package:make")
+    assert work.batch_size == 6
+    inputs, targets = work.make_batch(4, 0, 0)
+    assert (inputs.shape, targets.shape) == ((4, 5), (4,))
+    assert torch.equal(work.make_model(1)[0].weight, work.make_model(1)[0].weight)
+    assert torch.equal(inputs, work.make_batch(4, 0, 0)[0])
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (3, "must return .model, loss, batch., got int"),
+        ((1, 2, 3), r"got \(int, int, int\)"),
+        ((nn.Linear(1, 1), F.mse_loss, 3), r"batch must be \(inputs, targets\), got int"),
+    ],
+)
+def test_what_a_callable_returns_wrongly_is_named(mine: Any, answer: Any, said: str) -> None:
+    mine.make = lambda: answer
+    with pytest.raises(ValueError, match=said):
+        workload("my_package:make")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        workload("my_package:missing")
