@@ -156,7 +156,9 @@ class Pipeline(base.Step):
         _refuse_shared_buffers(stages, owners)
         mine = [i for i in range(self.stages) if owners[i] == self.axis.rank]
         self.cut = pipeline_split.Edges(stages)
-        self.held = parts.slots(self.model, [stages[i] for i in mine])
+        used = parts.slots(self.model, stages)
+        idle = {k: slot for k, slot in parts.slots(self.model).items() if k not in used}
+        self.held = parts.slots(self.model, [stages[i] for i in mine]) | idle
         self.ties = find_ties(stages, owners, self.held, self.axis)
         self.mine = {i: stages[i].to(self.device) for i in mine}
         self.model, self.whole = nn.ModuleDict({str(i): s for i, s in self.mine.items()}), False

@@ -69,6 +69,11 @@ def ranges(
             f"{stages} stages but only {len(parts)} pieces to make them of ({', '.join(names)}): "
             f"use at most {len(parts)} stages (ranks x virtual stages)"
         )
+    if costs is not None and len(costs) != len(parts):
+        raise base.StrategyError(
+            f"{len(costs)} costs for {len(parts)} pieces: balance needs one for each of "
+            f"{', '.join(names)}"
+        )
     return base.cut(base.parameter_costs(parts) if costs is None else costs, stages)
 
 
