@@ -22,6 +22,8 @@ from pardemo.measure.memory import MemoryReport, weigh
 from pardemo.measure.quiet import quiet
 from pardemo.measure.rounds import Comparison, compare
 from pardemo.measure.samples import Samples
+from pardemo.measure.spans import Span
+from pardemo.measure.timeline import NothingFound, Timeline, timeline
 from pardemo.measure.timing import Ratio, Timing
 from pardemo.measure.traffic import Counting, Flow, Traffic, count
 
@@ -32,14 +34,18 @@ __all__ = [
     "Counting",
     "Flow",
     "MemoryReport",
+    "NothingFound",
     "Ratio",
     "Samples",
     "Share",
+    "Span",
+    "Timeline",
     "Timing",
     "Traffic",
     "compare",
     "count",
     "decompose",
     "quiet",
+    "timeline",
     "weigh",
 ]
