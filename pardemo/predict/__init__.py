@@ -17,6 +17,7 @@ Numpy and scipy only: nothing here can see a measurement it is about to predict.
 from __future__ import annotations
 
 from pardemo.predict.collectives import AlphaBeta, Curve, CurveSet, fit_alpha_beta
+from pardemo.predict.fitted import fitted, published
 from pardemo.predict.flops import (
     CONVENTIONS,
     Convention,
@@ -40,8 +41,11 @@ from pardemo.predict.schedules import (
     schedule,
     simulate,
 )
+from pardemo.predict.score import Score, score
 from pardemo.predict.sent import Message, SentBytes, padded, sent_bytes
 from pardemo.predict.step import Refused, step
+from pardemo.predict.strategy_step import compute_seconds
+from pardemo.predict.tables import TableError
 from pardemo.predict.wire import wire_bytes, wire_factor
 
 __all__ = [
@@ -65,12 +69,16 @@ __all__ = [
     "Refused",
     "Schedule",
     "ScheduleError",
+    "Score",
     "SentBytes",
     "Span",
+    "TableError",
     "Term",
     "Transformer",
     "bubble_formula",
+    "compute_seconds",
     "fit_alpha_beta",
+    "fitted",
     "layouts",
     "linear_train",
     "load",
@@ -79,7 +87,9 @@ __all__ = [
     "mfu",
     "model",
     "padded",
+    "published",
     "schedule",
+    "score",
     "sent_bytes",
     "shipped",
     "simulate",

@@ -74,7 +74,7 @@ TIME = (
     Constant("float8_gain", "times", 1, 1.4, 2, 0.3, "large products in float8 against 16 bits"),
     Constant("compiled_gain", "times", 1, 1.25, 2, 0.2, "layers after torch.compile"),
     Constant("async_tp_left", "share", 0.05, 0.5, 1, 0.5, "tensor transfers left under async TP"),
-    Constant("full_memory_slowdown", "times", 1, 2, 10, 0.6, "allocator at its limit: 1 + this"),
+    Constant("full_memory_slowdown", "share", 0.01, 1, 12, 1.0, "extra time with memory full"),
     Constant("microbatch_s", "s", 1e-6, 1e-3, 5e-2, 1.0, "fixed cost of a microbatch"),
     Constant("step_s", "s", 1e-5, 1e-2, 1.0, 1.0, "fixed cost of an optimiser step"),
     Constant("optimizer_bytes", "B/parameter", 4, 30, 200, 0.6, "memory moved by the optimiser"),

@@ -60,7 +60,8 @@ def gpu(name: str) -> Gpu:
             memory = re.search(r"(\d+)\s*GB\b(?!/)", name)
             if memory and 8 <= int(memory.group(1)) <= 300:
                 facts[2] = float(memory.group(1)) * 1e9
-            return Gpu(name, *facts)
+            peak, bandwidth, size, node, network = facts
+            return Gpu(name, peak, bandwidth, size, node, network)
     return Gpu(name, 312e12, 2.04e12, 80e9, 300e9, 25e9, known=False)
 
 

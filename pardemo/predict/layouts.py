@@ -89,6 +89,16 @@ class Plan:
     def _counted(self) -> str:
         return "; ".join(f"{v:,} {k}" for k, v in self.counts.items())
 
+    def picture(self, rows: int = 10, width: int = 60) -> str:
+        """A picture in text: each choice's time | within its interval, from zero."""
+        most = max(c.hi_s for c in self.choices[:rows])
+        lines = []
+        for c in self.choices[:rows]:
+            low, mid, high = (round(width * t / most) for t in (c.lo_s, c.time_s, c.hi_s))
+            bar = "#" * low + "=" * (mid - low) + "|" + "-" * (high - mid)
+            lines.append(f"{bar:<{width + 2}} {human(c.time_s, 's'):>9}  {c.layout!r}")
+        return "\n".join([*lines, "# to the low end, = to the prediction |, - to the high end"])
+
     def data(self) -> dict[str, list[float] | list[str]]:
         """Columns for a figure: label, time_s, lo_s, hi_s, memory_bytes, tied."""
         return {

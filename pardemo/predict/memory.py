@@ -104,7 +104,8 @@ def fitted_total(c: Columns, theta: np.ndarray | None = None) -> np.ndarray:
         whole = state * p / np.where(c["zero"] >= 3, copies, 1.0)
         sharded = hidden * c["hidden"] + ffn * c["ffn"] * c["top_k"]
         layer = sharded / c["tp"] + replicated * c["hidden"]
-        layer = np.where(c["recompute"] == 2, 2 * c["hidden"], layer)
+        inputs = 2 * c["hidden"] / np.where(c["sp"] > 0, c["tp"], 1.0)
+        layer = np.where(c["recompute"] == 2, inputs, layer)
         kept = tokens * layers * alive * layer
         scores = head * tokens * c["vocab"] / c["tp"] * logits
         best = np.maximum(best, whole + optimizer * p / copies + kept + scores)

@@ -226,8 +226,9 @@ def _training(table: Table) -> Read:
     local = (c["pp"] > 1) & (per_replica == n("mbs")) & llama
     c["microbatch"] = np.where(local, 1.0, n("mbs"))
     c["microbatches"] = per_replica / c["microbatch"]
-    c["chunks"] = n("vpp", 1.0)
     strategy = [s.lower() for s in table.text("strategy")]
+    chunked = np.array([2.0 if "interleaved" in s else 1.0 for s in strategy])
+    c["chunks"] = np.where(np.isfinite(n("vpp")), n("vpp"), chunked)
     text = [" ".join(x).lower() for x in zip(strategy, table.text("precision"), strict=True)]
     c["zero"] = np.array([3.0 if "fsdp" in s or "3d" in s else 0.0 for s in strategy])
     c["recompute"] = _words(table)

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from pardemo.predict import flops
 from pardemo.predict.columns import Columns, take
 from pardemo.predict.constants import MEMORY, TIME, Constant
-from pardemo.predict.fit import Fit, fit
+from pardemo.predict.fit import Fit, fit, held_out_spread
+from pardemo.predict.flop_check import flop_stats
 from pardemo.predict.memory import fitted_total, total
 from pardemo.predict.physics import seconds
 from pardemo.predict.runs import Runs, runs
@@ -71,9 +71,10 @@ def score_runs(table: Table, wanted: int | None, seed: int) -> RunScore:
     learn = choose(timed, wanted, seed, table.path)
     fits: dict[str, Fit] = {}
     peak, fits_memory = predict_memory(data, learn)
-    data.columns["fullness"] = np.minimum(peak / data.capacity, 2.0)
     if fits_memory is not None:
         fits["memory"] = fits_memory
+        if not data.ran.all():  # only such tables show where the limit is
+            data.columns["fullness"] = np.minimum(peak / data.capacity, 2.0)
     predicted, time_fits = predict_time(data, learn)
     fits |= time_fits
     rest = np.setdiff1d(timed, learn)
@@ -87,7 +88,9 @@ def score_runs(table: Table, wanted: int | None, seed: int) -> RunScore:
         "time": errors(predicted[answered], data.seconds[answered]),
     }
     if len(answered):
-        lo, hi = time_fits["time"].spread
+        lo, hi = held_out_spread(
+            seconds, time_fits["time"], take(data.columns, learn), data.seconds[learn]
+        )
         ratio = data.seconds[answered] / predicted[answered]
         stats["time"]["inside_interval"] = float(((ratio >= lo) & (ratio <= hi)).mean())
         stats["regret"] = regrets(data, answered, predicted, peak)
@@ -178,41 +181,3 @@ def memory_stats(data: Runs, learn: np.ndarray, peak: np.ndarray) -> dict[str, A
             "auc": auc(peak[rest] / data.capacity[rest], failed),
         }
     return out
-
-
-def flop_stats(table: Table) -> dict[str, Any]:
-    """FLOP formulae against the table's own numbers, with the convention that reproduces them."""
-    out: dict[str, Any] = {}
-    data = runs(table)
-    index = np.array([table.lines.index(r) for r in data.rows])
-    c = data.columns
-    if table.has("flops_per_token"):
-        stated = table.numbers("flops_per_token")[index]
-        n = c["layers"] * (c["attention_p"] + c["matrices"] * c["hidden"] * c["ffn"])
-        mine = 6 * (n + c["table_p"]) + 12 * c["layers"] * c["hidden"] * c["seq"]
-        out["flops_per_token"] = _checked(mine, stated, flops.PALM)
-    if table.has("tflops_per_gpu"):
-        stated = table.numbers("tflops_per_gpu")[index] * 1e12
-        shape = [c[k] for k in ("layers", "hidden", "vocab", "seq")]
-        batch = data.tokens / c["seq"]
-        rate = np.array([flops.megatron_eq3(*row) for row in zip(*shape, batch, strict=True)])
-        rate = rate / data.seconds / c["ranks"]
-        out["tflops_per_gpu"] = _checked(rate, stated, flops.MEGATRON)
-    if table.has("params_b"):
-        # equation 2 of the same paper: 12 l h^2 (1 + 13/12h + (V + s)/12lh), biases counted
-        stated = table.numbers("params_b")[index] * 1e9
-        h, layers = c["hidden"], c["layers"]
-        mine = (
-            12 * layers * h * h * (1 + 13 / (12 * h) + (c["vocab"] + c["seq"]) / (12 * layers * h))
-        )
-        out["params_b"] = _checked(mine, stated, flops.MEGATRON)
-    return out
-
-
-def _checked(mine: np.ndarray, stated: np.ndarray, convention: flops.Convention) -> dict[str, Any]:
-    good = np.isfinite(stated) & np.isfinite(mine)
-    if not good.any():
-        return {"rows": 0}
-    found = errors(mine[good], stated[good])
-    kept = ("rows", "median_error", "worst_error")
-    return {k: found[k] for k in kept} | {"convention": convention.name}

@@ -1,0 +1,101 @@
+"""`pardemo plan --model NAME --ranks N`: the layouts of a model on a cluster, ranked, as a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from pardemo.predict.layouts import Plan, layouts
+from pardemo.predict.model import MODELS, Cluster, Transformer, model
+from pardemo.predict.profile import load, shipped
+
+SIZES = ("layers", "hidden", "heads", "ffn", "vocab", "seq", "kv_heads", "experts", "top_k")
+
+
+def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the command's arguments to a parser."""
+    parser.add_argument(
+        "--model", required=True, metavar="NAME",
+        help=f"{', '.join(MODELS)}; or sizes: layers=32,hidden=4096,heads=32,ffn=14336,"
+        "vocab=128256,seq=8192[,kv_heads=8,gated=1,experts=8,top_k=2]; name,seq=4096 changes one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cluster", default="h100-dgx", metavar="PROFILE[:RANKS]",
+        help=f"{', '.join(shipped())}, or a file from calibrate(); default h100-dgx",
+    )  # fmt: skip
+    parser.add_argument("--ranks", type=int, help="devices in all (default: one node)")
+    parser.add_argument("--global-batch", type=int, default=0, help="sequences per step")
+    parser.add_argument("--memory-gb", type=float, help="memory of a device (default: profile's)")
+    parser.add_argument("--rows", type=int, default=10, help="rows of the table")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return parser
+
+
+def parse_model(text: str) -> Transformer:
+    """A model from its name, its sizes, or a name and changes; ValueError says what is wrong."""
+    words = [w for w in text.split(",") if w]
+    name = words.pop(0) if words and "=" not in words[0] else ""
+    sizes: dict[str, int | bool | str] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in (*SIZES, "gated", "tied"):
+            known = ", ".join((*SIZES, "gated", "tied"))
+            raise ValueError(f"--model: unknown size {key!r}; known: {known}")
+        if not value.isdigit():
+            raise ValueError(f"--model: {key} must be a whole number, got {value!r}")
+        sizes[key] = bool(int(value)) if key in ("gated", "tied") else int(value)
+    if name:
+        return model(name, **sizes)
+    missing = [k for k in SIZES[:6] if k not in sizes]
+    if missing:
+        raise ValueError(f"--model: missing {', '.join(missing)}")
+    return Transformer(**sizes)  # type: ignore[arg-type]
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    """The plan the options ask for."""
+    name, _, count = str(options.cluster).rpartition(":")
+    if not name or not count.isdigit():
+        name, count = str(options.cluster), ""
+    profile = load(name)
+    ranks = options.ranks or int(count or profile.per_node)
+    if ranks < 1:
+        raise ValueError(f"--ranks must be at least 1, got {ranks}")
+    memory = (options.memory_gb or profile.memory_bytes / 1e9) * 1e9
+    cluster = Cluster(ranks, profile.per_node, memory, profile.name, name=f"{ranks} ranks")
+    return layouts(parse_model(options.model), cluster, options.global_batch, profile)
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Print the table, the best layout's terms, and which to measure; 1 when nothing fits."""
+    try:
+        plan = make_plan(options)
+    except ValueError as error:
+        print(f"pardemo plan: {error}", file=sys.stderr)
+        return 2
+    print(plan.table(options.rows))
+    if not plan.choices:
+        return 1
+    print("\n" + plan.picture(options.rows))
+    print("\nthe first, term by term")
+    print(plan.explain(load(str(options.cluster).split(":")[0])).table())
+    print("\nmeasure these three before you decide:")
+    for choice in plan.top:
+        print(f"  {choice.layout!r}")
+    if options.json:
+        document = {"model": plan.model.name, "counts": plan.counts, "evidence": plan.evidence}
+        print(json.dumps(document | plan.data()))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command by itself."""
+    parser = argparse.ArgumentParser(
+        prog="pardemo plan", description="Rank the layouts of a model on a cluster."
+    )
+    return run_plan(arguments(parser).parse_args(argv))
+
+
+__all__ = ["arguments", "main", "make_plan", "parse_model", "run_plan"]
