@@ -106,9 +106,13 @@ def bytes(
 
 @figure
 def memory(
-    axes: Axes, stacks: Any, predicted: Mapping[str, float] | None = None, title: str = ""
+    axes: Axes,
+    stacks: Any,
+    predicted: Mapping[str, float] | None = None,
+    title: str = "",
+    dotted: str = "by formula",
 ) -> str:
-    """Stacked bars of one rank's memory; the formula's total, where given, as a dotted line.
+    """Stacked bars of one rank's memory; what a formula says as a dotted line (`dotted`: of what).
 
     `stacks`: name -> MemoryReport or mapping with parameters_bytes, gradients_bytes,
     optimizer_bytes, activations_bytes, buffers_bytes.
@@ -127,7 +131,7 @@ def memory(
             formula = predicted[name] / scale
             axes.plot([formula] * 2, [place - 0.45, place + 0.45], color=BLACK, linestyle=":")
     label_rows(axes, [name for name, _ in pairs])
-    axes.set_xlabel(f"memory of one rank [{unit}]{' (dotted: by formula)' if predicted else ''}")
+    axes.set_xlabel(f"memory of one rank [{unit}]{f' (dotted: {dotted})' if predicted else ''}")
     axes.set_title(title)
     _legend_above(axes, len(MEMORY))
     said = (f"{n} {t / scale:.4g} {unit}" for (n, _), t in zip(pairs, totals, strict=True))

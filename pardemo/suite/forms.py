@@ -14,12 +14,14 @@ from typing import Any
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pardemo.predict import SentBytes, padded, sent_bytes
+from pardemo.predict import SentBytes, memory, padded, sent_bytes
 from pardemo.predict.sent import message
+from pardemo.predict.strategy_memory import OPTIMIZER_STATES
 from pardemo.strategies import fsdp, pipeline_plan, pipeline_split
 from pardemo.strategies.base import factor, samples, to_device
 from pardemo.workloads import Workload
 
+MEMORY_FORMS = ("single", "ddp", "zero1", "fsdp", "context", "model_parallel", "pipeline")
 LOSS_BYTES = 4.0  # the reported loss: one float32, all-reduced
 CHAIN_LOSS_BYTES = 8.0  # from the last stage to all: one float64
 
@@ -111,6 +113,25 @@ def closed_form(name: str, scene: Scene, rank: int) -> SentBytes | None:
         return sent_bytes("single")
     form = FORMS.get(name)
     return None if form is None else form(scene, rank)
+
+
+def states_bytes(name: str, scene: Scene) -> float | None:
+    """Parameters, gradients and optimiser state of the fullest rank, by formula."""
+    optimizer = scene.work.make_optimizer(scene.parameters)
+    kind = type(optimizer).__name__.lower()
+    if kind == "sgd" and optimizer.defaults.get("momentum"):
+        kind = "momentum"
+    if kind not in OPTIMIZER_STATES or name not in MEMORY_FORMS:
+        return None
+    knobs: dict[str, Any] = {}
+    if name in ("model_parallel", "pipeline"):
+        held = [sum(p.numel() for p in dict.fromkeys(s.parameters())) for s in scene.stages]
+        knobs["share"] = max(held) / scene.elements
+    found = memory(
+        name, parameters=scene.elements, ranks=scene.ranks, optimizer=kind,
+        bytes_per_element=scene.element_bytes, **knobs,
+    )  # fmt: skip
+    return found.value
 
 
 def _common(scene: Scene) -> dict[str, Any]:

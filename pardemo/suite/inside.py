@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from pardemo import strategies
-from pardemo.measure import count
+from pardemo.measure import count, weigh
 from pardemo.strategies import Step
 from pardemo.strategies.base import to_device
 from pardemo.workloads import Workload
@@ -81,10 +81,6 @@ def look(maker: Maker, ranks: int, warmup: int = 2) -> Seen | None:
 
 def _weigh(made: Step, batch: Any) -> dict[str, float]:
     """Memory of one step by kind, as plain numbers."""
-    try:
-        from pardemo.measure import weigh
-    except ImportError:
-        return {}
     report = weigh(lambda: made.step(batch), made.model)
     names = ("parameters", "gradients", "optimizer", "activations", "buffers", "peak")
     return {f"{name}_bytes": float(getattr(report, f"{name}_bytes")) for name in names}

@@ -139,10 +139,7 @@ def _candidates(plan: Plan, names: Sequence[str] | None) -> list[_Candidate]:
             continue  # the two baselines are always there
         against = strategy.reasons_against(model, plan.nprocs, plan.batch_size)
         if len(strategy.axes) > 1 and 1 in strategy.shape(plan.nprocs):
-            against = [
-                f"{plan.nprocs} ranks leave one of its axes ({', '.join(strategy.axes)}) "
-                "at degree 1: it would be another strategy of this table"
-            ]
+            against = [f"on {plan.nprocs} ranks one of its axes has degree 1: see its other part"]
         ranks, knobs = strategy.place(plan.nprocs, {})
         alone = ranks == 1 and plan.nprocs > 1
         maker = inside.Maker(
@@ -172,7 +169,8 @@ def _proven(plan: Plan, candidate: _Candidate, ranks: Ranks) -> bool:
     try:
         verdict = check.strategy(
             candidate.name, plan.work, plan.nprocs, plan.check_steps,
-            batch_size=plan.batch_size, ranks=ranks, **dict(candidate.maker.knobs),
+            batch_size=min(plan.batch_size, max(8, 2 * plan.nprocs)), ranks=ranks,
+            **dict(candidate.maker.knobs),
         )  # fmt: skip
         reason = "" if verdict else f"not equal to one process: {verdict.text}"
         equal = verdict.text
@@ -197,6 +195,7 @@ def _look(plan: Plan, candidate: _Candidate, ranks: Ranks) -> None:
         "formula": "" if formula is None else "; ".join(m.formula for m in formula.messages),
         "traffic_notes": tuple(seen[busiest].notes),
         "memory": fullest.memory,
+        "memory_formula_bytes": forms.states_bytes(candidate.name, plan.scene),
     }
 
 

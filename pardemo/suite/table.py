@@ -98,8 +98,7 @@ class Row:
 
     def cells(self) -> list[str]:
         """The row as the table prints it, one text per heading."""
-        if self.step is None:
-            return [self.name, f"not timed: {self.reason}"]
+        assert self.step is not None
         sure = f"{self.step.lo_s * 1e3:.3g}-{self.step.hi_s * 1e3:.3g}"
         flag = "" if self.status == "ok" else f" {self.status.upper()}"
         return [
@@ -170,6 +169,14 @@ class Table:
         """The rows that have a time."""
         return [row for row in self.rows if row.step is not None]
 
+    def untimed(self) -> dict[str, list[str]]:
+        """Names of the strategies that were not timed, by the reason."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.step is None:
+                found.setdefault(row.reason, []).append(row.name)
+        return found
+
     def samples(self) -> dict[str, list[float]]:
         """Every measured step in seconds, by name: for plot.dots."""
         return {
@@ -198,7 +205,7 @@ class Table:
         return {row.name: row.memory for row in self.rows if row.memory}
 
     def memory_formula(self) -> dict[str, float]:
-        """The same by formula, in all."""
+        """Parameters, gradients and optimizer state by formula; activations have none here."""
         return {
             row.name: row.memory_formula_bytes for row in self.rows
             if row.memory and row.memory_formula_bytes is not None
@@ -211,29 +218,25 @@ class Table:
         return pd.DataFrame([{"name": row.name} | row.values() for row in self.rows])
 
     def __repr__(self) -> str:
-        body = [row.cells() for row in self.rows]
-        whole = [cells for cells in body if len(cells) == len(HEADINGS)]
-        keep = [i for i in range(len(HEADINGS)) if any(cells[i] for cells in whole)] or [0]
-        widths = [max(len(cells[i]) for cells in [list(HEADINGS), *whole]) for i in keep]
+        body = [row.cells() for row in self.timed]
+        keep = [i for i in range(len(HEADINGS)) if any(cells[i] for cells in body)] or [0]
+        widths = [max(len(cells[i]) for cells in [list(HEADINGS), *body]) for i in keep]
         lines = [f"{self.workload}, {self.batch_size} samples per step"]
-        lines.append("  ".join(HEADINGS[i].ljust(w) for i, w in zip(keep, widths, strict=True)))
-        for cells in body:
-            if len(cells) == len(HEADINGS):
-                lines.append(
-                    "  ".join(cells[i].ljust(w) for i, w in zip(keep, widths, strict=True)).rstrip()
-                )
-            else:
-                lines.append(f"{cells[0].ljust(widths[0])}  {cells[1]}")
+        for cells in [list(HEADINGS), *body]:
+            line = "  ".join(cells[i].ljust(w) for i, w in zip(keep, widths, strict=True))
+            lines.append(line.rstrip())
+        lines += [f"not timed: {', '.join(names)}: {why}" for why, names in self.untimed().items()]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{html.escape(text)}</th>" for text in HEADINGS)
         body = ""
-        for row in self.rows:
-            cells = row.cells()
-            span = "" if len(cells) > 2 else f' colspan="{len(HEADINGS) - 1}"'
-            first, *rest = (html.escape(text) for text in cells)
-            body += f"<tr><td>{first}</td>" + "".join(f"<td{span}>{t}</td>" for t in rest) + "</tr>"
+        for row in self.timed:
+            body += "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row.cells())
+            body += "</tr>"
+        for why, names in self.untimed().items():
+            text = html.escape(f"not timed: {', '.join(names)}: {why}")
+            body += f'<tr><td colspan="{len(HEADINGS)}">{text}</td></tr>'
         said = html.escape(f"{self.workload}, {self.batch_size} samples per step")
         return f"<p>{said}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 

@@ -11,14 +11,16 @@ SOUND = ("ok", "noisy")
 
 def verdict(table: Table) -> str:
     """A few sentences: the fastest, against both baselines, what holds the others back."""
+    facts = _facts(table)
     sound = [row for row in table.timed if row.status in SOUND]
     strategies = [row for row in sound if row.name not in (ONE, ALL)]
     if not strategies:
-        return "No ranking: no strategy's time could be trusted (see the doubts below)."
+        return "\n".join([*facts, "No ranking: no strategy's time could be trusted here and now."])
     best = min(strategies, key=lambda row: row.step_s or 0)
     lines = [
+        *facts,
         f"{table.workload}, batch {table.batch_size}: of the strategies, {best.name} is fastest "
-        f"here ({_ms(best)} per step on {best.ranks} ranks x {best.threads} threads)."
+        f"here ({_ms(best)} per step on {best.ranks} ranks x {best.threads} threads).",
     ]
     lines += [str(ratio) + "." for ratio in (best.vs_one, best.vs_all) if ratio is not None]
     lines += _advice(best, sound)
@@ -28,20 +30,37 @@ def verdict(table: Table) -> str:
 
 def doubts(table: Table, here: Machine) -> list[str]:
     """Everything a reader should know before believing a number of this table."""
-    said = [f"{row.name}: {'; '.join(row.step.warnings)}" for row in table.timed
-            if row.step is not None and row.step.warnings]  # fmt: skip
-    said += [f"{row.name} was not timed: {row.reason}" for row in table.rows if row.step is None]
-    refused = {
-        ratio.refused
-        for row in table.timed for ratio in (row.vs_one, row.vs_all)
-        if ratio is not None and ratio.refused
-    }  # fmt: skip
-    said += [f"speed-ups refused: {why}" for why in sorted(refused)]
+    reasons: dict[str, list[str]] = {}
     for row in table.timed:
-        if row.rest_s is not None and row.step_s and abs(row.rest_s) > 0.02 * row.step_s:
-            said.append(f"{row.name}: {row.rest_s / row.step_s:+.0%} of the step is unexplained")
+        for warning in row.step.warnings if row.step else ():
+            what, _, much = warning.partition("IQR/median ")
+            key = "spread (IQR/median)" if much else what
+            reasons.setdefault(key, []).append(f"{row.name} {much}".strip())
+    said = [f"{key}: {', '.join(names)}" for key, names in reasons.items()]
+    refused = [
+        row.name
+        for row in table.timed
+        if any(ratio is not None and ratio.refused for ratio in (row.vs_one, row.vs_all))
+    ]
+    if refused:
+        said.append(f"no speed-up is claimed, for the reasons above: {', '.join(refused)}")
+    said += [f"not timed: {', '.join(names)}: {why}" for why, names in table.untimed().items()]
+    for row in table.timed:
         said += [f"{row.name}: {note}" for note in row.traffic_notes]
     return [*said, *here.limits, *table.notes]
+
+
+def _facts(table: Table) -> list[str]:
+    """What holds however busy the machine was: equality and bytes."""
+    proven = [row for row in table.rows if row.equal and not row.reason]
+    counted = [row for row in proven if row.sent_bytes and row.formula_bytes is not None]
+    equal = [row for row in counted if abs((row.formula_bytes or 0) - (row.sent_bytes or 0)) < 0.5]
+    lines = []
+    if proven:
+        lines.append(f"{len(proven)} strategies train to the same parameters as one process.")
+    if counted:
+        lines.append(f"The bytes sent equal the closed form in {len(equal)} of {len(counted)}.")
+    return lines
 
 
 def _advice(best: Row, sound: list[Row]) -> list[str]:
