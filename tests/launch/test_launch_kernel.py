@@ -42,6 +42,25 @@ def test_a_cells_function_closure_lambda_and_class_reach_the_ranks(kernel: Kerne
     assert reply.out == "[15, 16] [0, 10]\nTrue 1\n"
 
 
+def test_globals_a_function_makes_are_there_in_the_next_call(kernel: Kernel) -> None:
+    reply = kernel.run(
+        cell(
+            """
+            def count():
+                global counted
+                counted = globals().get("counted", 0) + step
+                return counted
+            def again(): return counted
+            step = 2
+            with Ranks(2) as ranks:
+                ranks.push(pushed=5)
+                print(ranks(count)[0], ranks(count)[1], ranks(again)[0], ranks(lambda: pushed)[1])
+            """
+        )
+    )
+    assert reply.out == "2 4 4 5\n"
+
+
 def test_ranks_work_after_the_kernel_has_used_many_threads(kernel: Kernel) -> None:
     reply = kernel.run(
         cell(
