@@ -17,6 +17,7 @@ Inside a rank
 from __future__ import annotations
 
 from pardemo.measure.anatomy import Anatomy, Share, decompose
+from pardemo.measure.flops import Flops, Peak, Utilization, count_flops, peak_flops
 from pardemo.measure.inside import Case
 from pardemo.measure.memory import MemoryReport, weigh
 from pardemo.measure.quiet import quiet
@@ -32,9 +33,11 @@ __all__ = [
     "Case",
     "Comparison",
     "Counting",
+    "Flops",
     "Flow",
     "MemoryReport",
     "NothingFound",
+    "Peak",
     "Ratio",
     "Samples",
     "Share",
@@ -42,9 +45,12 @@ __all__ = [
     "Timeline",
     "Timing",
     "Traffic",
+    "Utilization",
     "compare",
     "count",
+    "count_flops",
     "decompose",
+    "peak_flops",
     "quiet",
     "timeline",
     "weigh",
