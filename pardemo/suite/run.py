@@ -35,6 +35,7 @@ class Plan:
     rounds: int
     seconds: float
     check_steps: int
+    until: float  # time.monotonic() after which no further step is taken apart
     say: Say
 
     @property
@@ -72,6 +73,7 @@ def run(
     rounds: int = 8,
     seconds: float = 60.0,
     check_steps: int = 2,
+    limit_s: float = 270.0,
     profile: Profile | str | None = None,
     anatomy: bool = True,
     record: str | Path | None = None,
@@ -81,13 +83,24 @@ def run(
 
     A strategy is timed only after it trained to the same parameters as one process. `seconds` is
     the budget of the headline measurement; taking the steps apart (`anatomy`) costs about as much
-    again. `profile` is a calibrated machine (default: calibrate now). `record` is a results file.
-    Raises ValueError for an unknown workload or strategy, records.Busy when something is timing.
+    again, and stops when `limit_s` seconds have passed in all. `profile` is a calibrated machine
+    (default: calibrate now). `record` is a results file. Raises ValueError for an unknown workload
+    or strategy, records.Busy when something is timing.
     """
     here = machine()
     work = find_workload(workload) if isinstance(workload, str) else workload
     size = batch_size or work.batch_size
-    plan = Plan(work, size, nprocs or max(2, here.devices), here, rounds, seconds, check_steps, say)
+    plan = Plan(
+        work,
+        size,
+        nprocs or max(2, here.devices),
+        here,
+        rounds,
+        seconds,
+        check_steps,
+        time.monotonic() + limit_s,
+        say,
+    )
     with (
         records.timing_lock(f"{work.name}, batch {size}"),
         Ranks(plan.nprocs, timeout=max(120.0, 3 * seconds), echo=False) as ranks,
@@ -240,6 +253,8 @@ def _take_apart(plan: Plan, candidate: _Candidate, ranks: Ranks) -> list[str]:
     """Compute, exposed and overlapped transfer, idle; returns what a reader must know of it."""
     if candidate.ranks == 1:
         return []
+    if time.monotonic() > plan.until:
+        return [f"{candidate.name} was not taken apart: the time limit had passed"]
     plan.say(f"taking {candidate.name} apart")
     try:
         found = decompose(
