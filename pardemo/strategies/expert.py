@@ -5,9 +5,9 @@ Split      the batch, and of every mixture-of-experts layer its E experts: rank 
 Sent       per layer: the counts of choices (an all-gather of E integers per rank, an all-to-all of
            E), then the tokens in two all-to-alls forward, to the experts and back, and their
            gradients in two backward: with R rows of D elements routed by this rank, about
-           4 (e-1)/e R D b bytes, exactly 4 x what was routed to others. Once per step an
-           all-reduce of the gradients of everything that is not an expert. Experts need none:
-           they saw the tokens of all ranks.
+           4 (e-1)/e R D b bytes; exactly, 2 x the rows it routed to others and 2 x those that
+           others routed to it. Once per step an all-reduce of the gradients of everything that
+           is not an expert. Experts need none: they saw the tokens of all ranks.
 Memory     1/e of the experts' parameters, gradients and optimiser state; the rest whole. The rows
            that arrive depend on the router: with an uneven one the busiest rank decides.
 Paper      Lepikhin et al. 2020, "GShard"; Fedus et al. 2021, "Switch Transformers".

@@ -64,13 +64,15 @@ class CountTogether:
 class SendToExperts(CountTogether):
     """Each rank holds the experts `owned[rank]`; rows travel to them and back.
 
-    `away_rows` counts the rows that left this rank in the last forward pass, one way.
+    After a forward pass `away_rows` counts the rows that this rank's tokens sent to other ranks,
+    `guest_rows` those that came from others. Forward and backward together this rank sends
+    2 (away_rows + guest_rows) rows: guests' results and gradients go back too.
     """
 
     def __init__(self, group: dist.ProcessGroup, here: Any, owned: list[range]) -> None:
         super().__init__(group, here)
         self.owned = owned
-        self.away_rows = 0
+        self.away_rows = self.guest_rows = 0
 
     def run(self, experts: nn.ModuleDict, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Rows in the order of all experts -> their outputs in the same order."""
@@ -80,6 +82,7 @@ class SendToExperts(CountTogether):
         sent = [int(part.sum()) for part in counts.split(sizes)]
         received = asked.sum(dim=1).tolist()
         self.away_rows = sum(sent) - sent[self.rank]
+        self.guest_rows = sum(received) - received[self.rank]
         arrived = _AllToAll.apply(rows, sent, received, self.group)
         order = self._by_expert(asked)
         done = self.here.run(experts, arrived[order], asked.sum(dim=0))

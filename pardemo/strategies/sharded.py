@@ -96,9 +96,7 @@ class Sharded(base.Step):
         own = self.model.state_dict()
         wrong = sorted(set(own) ^ set(state))
         if wrong:
-            raise base.StrategyError(
-                f"state dict and model differ in {len(wrong)} keys: {wrong[:4]}"
-            )
+            raise base.StrategyError(f"{len(wrong)} keys of the state dict differ: {wrong[:4]}")
         for key, value in own.items():
             full = state[key].to(value.device)
             if isinstance(value, DTensor):

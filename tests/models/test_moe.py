@@ -49,12 +49,12 @@ def test_a_full_expert_drops_the_tokens_that_come_last() -> None:
 def test_the_balance_loss_is_its_weight_when_even_and_grows_to_the_number_of_experts() -> None:
     moe = layer(capacity_factor=None, top_k=4, aux_weight=0.5)  # all experts: even by force
     _, even = moe(torch.randn(3, 8, 16, dtype=torch.float64))
-    assert float(even) == pytest.approx(0.5)
+    assert even.item() == pytest.approx(0.5)
     moe = layer(capacity_factor=None, top_k=1, aux_weight=0.5)
     with torch.no_grad():
         moe.gate.weight.copy_(torch.zeros(4, 16)).index_fill_(0, torch.tensor([2]), 50.0)
     _, uneven = moe(torch.rand(3, 8, 16, dtype=torch.float64) + 0.1)
-    assert float(uneven) == pytest.approx(0.5 * 4, rel=1e-6)
+    assert uneven.item() == pytest.approx(0.5 * 4, rel=1e-6)
 
 
 def test_an_expert_without_tokens_still_gets_a_gradient_of_zero() -> None:
