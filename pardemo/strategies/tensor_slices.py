@@ -60,8 +60,9 @@ def slice_layers(
 def _plan_pair(
     plan: dict[str, ParallelStyle], module: nn.Module, pair: tensor_plans.Pair, split: Any
 ) -> None:
+    given = Replicate() if len(pair.columns) > 1 else split  # several: see Handover
     for name in pair.columns:
-        plan[name] = ColwiseParallel(input_layouts=split)
+        plan[name] = ColwiseParallel(input_layouts=given)
     plan[pair.rows] = RowwiseParallel(output_layouts=split)
 
 
