@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EXTRAS ?= dev
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: setup lab bench test soak lint notebooks clean
+.PHONY: setup lab bench test soak lint notebooks site clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,12 @@ lint: setup
 
 notebooks: setup
 	$(BIN)/python -m pardemo notebooks
+
+# the course as static pages in build/site, offline, from the committed outputs
+site: EXTRAS = dev,site
+site:
+	$(MAKE) setup EXTRAS=$(EXTRAS)
+	$(BIN)/python -m pardemo.site
 
 clean:
 	rm -rf $(VENV) results build *.egg-info

@@ -1,0 +1,90 @@
+"""`make site`: the course as a static site, from the committed outputs, without network or torch.
+
+Sphinx with myst-nb and sphinx-book-theme (extra `site`). Nothing is executed: a page shows what the
+notebook's file holds. The explorers are on a page of their own and work without a kernel.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+
+from pardemo import explore
+from pardemo.explore.static import fragment
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = """
+project = "pardemo"
+extensions = ["myst_nb"]
+html_theme = "sphinx_book_theme"
+html_title = "pardemo"
+html_theme_options = {"use_download_button": False, "use_fullscreen_button": False,
+                      "show_toc_level": 2, "home_page_in_toc": True}
+html_show_sourcelink = False
+html_copy_source = False
+nb_execution_mode = "off"
+nb_merge_streams = True
+myst_heading_anchors = 4
+suppress_warnings = ["myst.xref_missing", "mystnb.unknown_mime_type"]
+"""
+
+
+def build(output: Path, source: Path | None = None) -> Path:
+    """Build the site into `output`; returns its first page. RuntimeError holds Sphinx's words."""
+    with tempfile.TemporaryDirectory(prefix="pardemo-site-") as scratch:
+        work = source or Path(scratch)
+        _write_source(work)
+        command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
+        done = subprocess.run(
+            [*command, str(work), str(output)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"the site was not built: {done.stderr.strip()[-2000:]}")
+    return output / "index.html"
+
+
+def _write_source(work: Path) -> None:
+    """Lay out what Sphinx reads: the README as first page, lessons, benchmarks, explorers."""
+    (work / "conf.py").write_text(CONFIG)
+    for folder in ("notebooks", "benchmarks"):
+        (work / folder).mkdir()
+        for path in sorted((ROOT / folder).glob("*.ipynb")):
+            notebook = nbformat.read(path, 4)
+            notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
+            nbformat.write(notebook, work / folder / path.name)
+    if (ROOT / "docs").exists():
+        shutil.copytree(ROOT / "docs", work / "docs")
+    lessons = _toctree("Lessons", sorted((work / "notebooks").glob("*.ipynb")))
+    measured = _toctree("Benchmarks", sorted((work / "benchmarks").glob("*.ipynb")))
+    readme = re.sub(r"\]\((\w+\.md|LICENSE)\)", "]", (ROOT / "README.md").read_text())
+    explorers = "```{toctree}\n:hidden:\n\nexplorers\n```\n"
+    (work / "index.md").write_text(f"{readme}\n{explorers}\n{lessons}\n{measured}")
+    pieces = [f"```{{raw}} html\n{fragment(explore.get(name))}```\n" for name in explore.names()]
+    intro = "# Explorers\n\nMove a slider; every number was computed by the package beforehand.\n"
+    (work / "explorers.md").write_text("\n".join([intro, *pieces]))
+
+
+def _toctree(caption: str, pages: list[Path]) -> str:
+    entries = "\n".join(f"{page.parent.name}/{page.stem}" for page in pages)
+    return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```\n"
+
+
+def main() -> int:
+    """Build into build/site and say where it is."""
+    try:
+        first = build(ROOT / "build" / "site")
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(first)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
