@@ -11,6 +11,7 @@ from typing import Any
 def add_parsers(verbs: Any) -> None:
     """Add this room's verbs to the subparsers of `pardemo`."""
     _nodes(verbs)
+    _run_verb(verbs)
 
 
 def _nodes(verbs: Any) -> None:
@@ -102,3 +103,26 @@ def _run(arguments: argparse.Namespace) -> int:
     nodes = Nodes.standing()
     argv = nodes.command(arguments.node, command)
     os.execve(argv[0], argv, {**os.environ, **nodes.environment()})
+
+
+def _run_verb(verbs: Any) -> None:
+    run = verbs.add_parser(
+        "run", help="train one workload in the world of torchrun or Slurm, with checkpoints"
+    )
+    run.add_argument("--folder", required=True, help="checkpoints and the record go here")
+    run.add_argument("--strategy", default="ddp")
+    run.add_argument("--workload", default="mlp")
+    run.add_argument("--steps", type=int, default=20)
+    run.add_argument("--batch-size", type=int, default=64, help="samples per step, all ranks")
+    run.add_argument("--save-every", type=int, default=5, help="steps between checkpoints")
+    run.add_argument("--timeout-s", type=float, default=60.0, help="limit of one collective")
+    run.add_argument("--pause-s", type=float, default=0.0, help="wait after every step")
+    run.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from pardemo.cluster.train import Job, run
+
+    names = Job.__dataclass_fields__
+    run(Job(**{name: value for name, value in vars(arguments).items() if name in names}))
+    return 0

@@ -1,0 +1,24 @@
+"""`python -m pardemo.cluster VERB`: this room's verbs alone, for programs that start it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from pardemo.cluster.cli import add_parsers
+from pardemo.parameters import Refused
+
+
+def main() -> int:
+    top = argparse.ArgumentParser(prog="pardemo")
+    add_parsers(top.add_subparsers(required=True, metavar="VERB"))
+    arguments = top.parse_args()
+    try:
+        return int(arguments.run(arguments) or 0)
+    except (Refused, RuntimeError, OSError) as error:
+        print(f"pardemo: {error}", file=sys.stderr)
+        return 2 if isinstance(error, Refused) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

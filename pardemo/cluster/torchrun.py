@@ -1,0 +1,110 @@
+"""torchrun, as this project calls it: the command, its environment, and what a worker does first.
+
+Two facts of torch 2.13 stand behind the settings. Its agent keeps one store for all attempts, so
+that restarted gloo workers find the addresses of the dead ones and fail or hang; with
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 each attempt has a store of its own. And a worker outlives a
+killed agent for ever, unless it asks the kernel to die with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pardemo.parameters import Refused
+
+if TYPE_CHECKING:
+    from pardemo.cluster.nodes import Nodes
+
+ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+_PR_SET_PDEATHSIG = 1
+
+
+def command(
+    program: Sequence[str], nprocs: int, log_dir: str | Path, *, max_restarts: int = 0,
+    nnodes: int = 1, node_rank: int = 0, master_addr: str = "127.0.0.1", master_port: int = 29500,
+    shutdown_timeout_s: int = 5,
+) -> list[str]:  # fmt: skip
+    """The argv of `torchrun ... program`: static rendezvous, logs inside `log_dir`.
+
+    On one node the agent picks a free port itself and `master_port` is not used.
+    """
+    if nprocs < 1 or nnodes < 1 or not 0 <= node_rank < nnodes or max_restarts < 0:
+        raise Refused(
+            f"nprocs and nnodes start at 1 and node_rank at 0, below nnodes; not nprocs={nprocs}, "
+            f"nnodes={nnodes}, node_rank={node_rank}, max_restarts={max_restarts}"
+        )
+    meet = ["--standalone"]
+    if nnodes > 1:
+        meet = [f"--node-rank={node_rank}", f"--master-addr={master_addr}"]
+        meet += [f"--master-port={master_port}"]
+    return [
+        sys.executable, "-m", "torch.distributed.run", f"--nnodes={nnodes}",
+        f"--nproc-per-node={nprocs}", *meet, f"--max-restarts={max_restarts}",
+        f"--shutdown-timeout={shutdown_timeout_s}", "--monitor-interval=0.5",
+        f"--log-dir={log_dir}", *program,
+    ]  # fmt: skip
+
+
+def run_on_nodes(
+    nodes: Nodes, program: Sequence[str], log_dir: str | Path, nprocs_per_node: int = 1,
+    timeout: float = 120.0,
+) -> list[subprocess.CompletedProcess[str]]:  # fmt: skip
+    """`torchrun ... program` on every node of a lab, to the end; all are ended at the deadline.
+
+    The outer deadline is needed: with a cable pulled, an agent of torchrun may wait on for minutes.
+    """
+    port, deadline = nodes.next_port(), time.monotonic() + timeout
+    agents = []
+    try:
+        for node in range(len(nodes)):
+            argv = command(
+                program, nprocs_per_node, Path(log_dir) / nodes.names[node], nnodes=len(nodes),
+                node_rank=node, master_addr=nodes.addresses[0], master_port=port,
+            )  # fmt: skip
+            agents.append(
+                nodes.popen(
+                    node, argv, ENVIRONMENT, text=True, stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                )
+            )  # fmt: skip
+        outputs = [agent.communicate(timeout=deadline - time.monotonic())[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+    return [
+        subprocess.CompletedProcess(agent.args, agent.returncode, output)
+        for agent, output in zip(agents, outputs, strict=True)
+    ]
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this worker when its agent ends, also by SIGKILL (Linux)."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def write_record(folder: Path, name: str, values: dict[str, Any]) -> Path:
+    """One JSON file, there whole or not at all; for records of jobs on other machines."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path, temporary = folder / f"{name}.json", folder / f".{name}.{os.getpid()}.tmp"
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,156 @@
+"""Under torchrun a killed worker costs a restart and nothing else; a killed agent leaves nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pardemo.cluster import Nodes, torchrun
+from pardemo.cluster.train import Job
+from pardemo.parameters import Refused
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = ["-m", "pardemo.cluster", "run", "--steps", "40", "--pause-s", "0.05"]
+
+
+class Agent:
+    """A torchrun agent under test and what it prints; ended, with its workers, by `end`."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], **how: Any) -> None:
+        argv = torchrun.command([*PROGRAM, "--folder", str(folder)], 2, folder / "logs", **how)
+        self.process = subprocess.Popen(
+            argv, cwd=ROOT, env={**os.environ, **environment}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def until(self, words: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if words in line:
+                return
+        pytest.fail(f"torchrun ended before it printed {words!r}")
+
+    def workers(self) -> list[int]:
+        found = []
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            found += [int(pid) for pid in (task / "children").read_text().split()]
+        return found
+
+    def end(self) -> tuple[int, str]:
+        try:
+            output = self.process.communicate(timeout=90)[0]
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            output = self.process.communicate()[0]
+        return self.process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    folder = tmp_path_factory.mktemp("alone")
+    job = [*PROGRAM, "--folder", str(folder), "--strategy", "single", "--pause-s", "0"]
+    subprocess.run([sys.executable, *job], cwd=ROOT, check=True, timeout=90, capture_output=True)
+    return record(folder)["losses"]
+
+
+def record(folder: Path) -> dict[str, Any]:
+    (path,) = folder.glob("record-*.json")
+    return json.loads(path.read_text())
+
+
+def temporary() -> set[str]:
+    return {path.name for path in Path("/tmp").glob("torchelastic_*")}
+
+
+def test_a_killed_worker_is_restarted_and_ends_with_the_same_losses(
+    tmp_path: Path, undisturbed: list[float]
+) -> None:
+    before = temporary()
+    agent = Agent(tmp_path, torchrun.ENVIRONMENT, max_restarts=1)
+    agent.until("step 12 ")
+    os.kill(agent.workers()[1], signal.SIGKILL)
+    code, output = agent.end()
+    assert code == 0, output[-3000:]
+    told = record(tmp_path)
+    assert (told["restarts"], told["world_size"]) == (1, 2)
+    assert told["resumed_at_step"] >= 10
+    assert told["losses"] == pytest.approx(undisturbed, abs=1e-5)
+    assert "CPU" in told["nodes"]["0"]["card"]
+    assert temporary() == before
+
+
+def test_a_killed_agent_leaves_no_worker(tmp_path: Path) -> None:
+    agent = Agent(tmp_path, torchrun.ENVIRONMENT)
+    agent.until("step 3 ")
+    workers = agent.workers()
+    agent.process.kill()
+    agent.end()
+    assert len(workers) == 2
+    for _ in range(100):
+        if not any(Path(f"/proc/{pid}").exists() for pid in workers):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"workers {workers} outlived their agent by 10 s")
+
+
+def test_canary_says_when_torch_restarts_by_default_again(tmp_path: Path) -> None:
+    """Without the setting most restarts fail in torch 2.13. It passes either way, and reports."""
+    agent = Agent(tmp_path, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0"}, max_restarts=1)
+    agent.until("step 7 ")
+    os.kill(agent.workers()[1], signal.SIGKILL)
+    began = time.monotonic()
+    while agent.process.poll() is None and time.monotonic() < began + 20:
+        time.sleep(0.2)
+    recovered = agent.process.poll() == 0
+    agent.process.kill()
+    agent.end()
+    print(f"canary: a restart without TORCH_DISABLE_SHARE_RDZV_TCP_STORE worked: {recovered}")
+    assert torchrun.ENVIRONMENT["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
+@pytest.fixture
+def slow_lab(lab_possible: None) -> Iterator[Nodes]:
+    with Nodes(2, rate="100mbit") as nodes:
+        yield nodes
+
+
+def test_torchrun_on_two_nodes_trains_over_the_link(
+    slow_lab: Nodes, tmp_path: Path, undisturbed: list[float]
+) -> None:
+    program = [*PROGRAM, "--pause-s", "0", "--folder", str(tmp_path)]
+    done = torchrun.run_on_nodes(slow_lab, program, tmp_path / "logs")
+    assert [one.returncode for one in done] == [0, 0], (
+        done[0].stdout[-2000:] + done[1].stdout[-2000:]
+    )
+    told = record(tmp_path)
+    assert {place["host"] for place in told["nodes"].values()} == {"node0", "node1"}
+    assert told["losses"] == pytest.approx(undisturbed, abs=1e-5)
+    assert min(slow_lab.tx_bytes()) > 40 * 4_000  # at least the gradients of 40 steps
+
+
+def test_the_command_refuses_numbers_that_cannot_be_meant(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="node_rank=2"):
+        torchrun.command(["x.py"], 1, tmp_path, nnodes=2, node_rank=2)
+    with pytest.raises(Refused, match="steps must be at least 1, not 0"):
+        Job(str(tmp_path), steps=0).check()
+    with pytest.raises(Refused, match="no strategy is called 'dpd'"):
+        Job(str(tmp_path), strategy="dpd").check()
+    with pytest.raises(Refused, match="not the name of a workload"):
+        Job(str(tmp_path), workload="$(id)").check()
+
+
+def test_a_record_is_one_private_file(tmp_path: Path) -> None:
+    path = torchrun.write_record(tmp_path / "new", "record-1", {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert path.stat().st_mode & 0o077 == 0
+    assert re.fullmatch(r"record-1\.json", *(p.name for p in (tmp_path / "new").iterdir()))
