@@ -169,7 +169,7 @@ def layouts(
     """
     known = profile if isinstance(profile, Profile) else load(profile or cluster.profile)
     evidence = reach(known, cluster.nodes)
-    global_batch = global_batch or max(cluster.ranks // 8, round(4e6 / model.seq), 1)
+    global_batch = global_batch or 2 ** round(np.log2(max(4e6 / model.seq, cluster.ranks / 8)))
     c, counts = grid(model, cluster, global_batch)
     memory = total(c)
     perhaps = memory <= cluster.memory_bytes

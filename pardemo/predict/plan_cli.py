@@ -1,4 +1,4 @@
-"""`pardemo plan --model NAME --ranks N`: the layouts of a model on a cluster, ranked, as a table."""
+"""`pardemo plan --model NAME --ranks N`: rank the layouts of a model on a cluster, as a table."""
 
 from __future__ import annotations
 
