@@ -12,7 +12,7 @@ from typing import Any
 from pardemo import check, records, strategies
 from pardemo.launch import RankFailed, Ranks
 from pardemo.machine import Machine, machine
-from pardemo.measure import Case, Comparison, compare, decompose
+from pardemo.measure import Case, Comparison, calibrate, compare, decompose
 from pardemo.predict import Prediction, Profile, load
 from pardemo.strategies import StrategyError
 from pardemo.workloads import Workload
@@ -240,13 +240,13 @@ def _predict(
 
 
 def _profile(profile: Profile | str | None, ranks: Ranks) -> Profile:
+    """The given machine profile, or a new one: collectives of this many ranks, and of pairs."""
     if isinstance(profile, Profile):
         return profile
     if profile is not None:
         return load(profile)
-    from pardemo.measure import calibrate
-
-    return load(calibrate(ranks=ranks))
+    sizes = sorted({2, ranks.setup.nprocs})
+    return load(calibrate(ranks=ranks, world_sizes=sizes, budget_s=10.0))
 
 
 def _take_apart(plan: Plan, candidate: _Candidate, ranks: Ranks) -> list[str]:
