@@ -26,6 +26,7 @@ _TRANSPORT = re.compile(r"gloo|nccl|c10d|ProcessGroup|TCPStore|monitoredBarrier"
 _ABORTED = re.compile(r"gloo::EnforceNotMet.*?preamble\S* \S+ \S+ (\d+) vs (\d+)", re.DOTALL)
 _SIZES = re.compile(r"gloo.*(preamble|EnforceNotMet|enforce fail)|Detected mismatch", re.DOTALL)
 _BARRIER = re.compile(r"Rank (\d+) failed to pass monitoredBarrier", re.IGNORECASE)
+_MESSAGE_CHARS = 300
 _EVEN = {"all_reduce", "allreduce", "broadcast", "all_gather", "reduce_scatter", "reduce"}
 
 
@@ -108,7 +109,9 @@ def headline(outcome: Outcome, nprocs: int) -> str:
     who = f"rank {outcome.rank} of {nprocs}"
     if outcome.kind == "died":
         return f"{who} {death(outcome.code)}"
-    name, message = outcome.meta["error"], outcome.meta["message"]
+    name, message = outcome.meta["error"], outcome.meta["message"].strip()
+    if len(message) > _MESSAGE_CHARS:
+        message = message[:_MESSAGE_CHARS] + " ..."  # the traceback below has it all
     return f"{who} raised {name}{': ' + message if message else ''}"
 
 
