@@ -12,6 +12,7 @@ def add_parsers(verbs: Any) -> None:
     """Add this room's verbs to the subparsers of `pardemo`."""
     _nodes(verbs)
     _run_verb(verbs)
+    _cluster(verbs)
 
 
 def _nodes(verbs: Any) -> None:
@@ -125,4 +126,42 @@ def _train(arguments: argparse.Namespace) -> int:
 
     names = Job.__dataclass_fields__
     run(Job(**{name: value for name, value in vars(arguments).items() if name in names}))
+    return 0
+
+
+def _cluster(verbs: Any) -> None:
+    cluster = verbs.add_parser("cluster", help="scripts and manifests for clusters")
+    actions = cluster.add_subparsers(dest="action", required=True, metavar="ACTION")
+    made = actions.add_parser(
+        "template", help="print one: cluster template slurm --nodes 4 --program train.py --lr 0.1"
+    )
+    made.add_argument("kind", help="slurm, torchrun, kubernetes or kubeflow")
+    made.add_argument("--nodes", type=int, default=2)
+    made.add_argument("--gpus-per-node", type=int, default=8, help="0: one rank of CPU per node")
+    made.add_argument("--cpus-per-rank", type=int, default=4)
+    made.add_argument("--port", type=int, default=29500)
+    for name, text in (
+        ("name", "of the job"), ("folder", "shared by all nodes"), ("time", "limit, 01:00:00"),
+        ("partition", "Slurm's"), ("account", "Slurm's"), ("image", "container image"),
+        ("interface", "between the nodes, as eth0"), ("master", "address of node 0"),
+        ("python", "interpreter on the nodes"),
+    ):  # fmt: skip
+        made.add_argument(f"--{name}", help=text)
+    made.add_argument(
+        "--program", nargs=argparse.REMAINDER, default=[],
+        help="what torchrun runs: all that follows; by default this project's own `run`",
+    )  # fmt: skip
+    made.set_defaults(run=_template)
+
+
+def _template(arguments: argparse.Namespace) -> int:
+    from pardemo.cluster.templates import Plan, template
+
+    given = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name in Plan.__dataclass_fields__ and value is not None
+    }
+    given["program"] = tuple(given["program"])
+    print(template(arguments.kind, Plan(**given)), end="")
     return 0

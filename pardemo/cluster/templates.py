@@ -1,0 +1,248 @@
+"""Scripts and manifests for the engines people have: Slurm, plain torchrun, Kubernetes, Kubeflow.
+
+Every value is checked against an allow-list before it is written, what reaches a shell is quoted,
+and manifests are dumped from data, never pasted together. They start torchrun, which starts the
+program on every node; Slurm's requeue and Kubernetes' restarts bring a lost job back, and the
+program goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from pardemo.parameters import Refused, nearest
+
+RULES = {
+    "name": (r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", "small letters, digits and dashes: my-run-7"),
+    "folder": (r"/(?!.*\.\.)[\w./+=@-]*", "an absolute path of letters, digits and . / _ + = @ -"),
+    "time": (r"(\d{1,3}-)?\d{1,2}:[0-5]\d:[0-5]\d", "hours:minutes:seconds, or days-hours:..."),
+    "partition": (r"[A-Za-z0-9][\w.-]*", "a partition's name"),
+    "account": (r"[A-Za-z0-9][\w.-]*", "an account's name"),
+    "interface": (r"[A-Za-z0-9][\w.-]{0,14}", "an interface's name: eth0, ib0"),
+    "master": (r"[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?", "a host name or address"),
+    "python": (r"[\w./+=@-]+", "the path of a Python interpreter"),
+    "image": (
+        r"[a-z0-9][a-z0-9._/-]*(:[0-9]+/[a-z0-9._/-]+)?(:\w[\w.-]*)?(@sha256:[0-9a-f]{64})?",
+        "a container image: registry/name:tag",
+    ),
+}
+
+LIMITS = {
+    "nodes": (1, 10_000), "gpus_per_node": (0, 64), "port": (1024, 65535), "cpus_per_rank": (1, 512)
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a template is filled with; Refused, naming the field, for a value that does not fit.
+
+    `folder` is on a file system all nodes share. `program` is what torchrun runs: arguments.
+    """
+
+    nodes: int = 2
+    gpus_per_node: int = 8
+    name: str = "pardemo"
+    folder: str = "/shared/pardemo"
+    time: str = "01:00:00"
+    partition: str | None = None
+    account: str | None = None
+    interface: str | None = None
+    master: str | None = None
+    port: int = 29500
+    python: str = "python"
+    image: str = "example.org/pardemo:latest"
+    cpus_per_rank: int = 4
+    program: Sequence[str] = field(default=())
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise Refused(f"{name} must be {low} to {high:,}, not {value!r}")
+        for name, (pattern, meaning) in RULES.items():
+            value = getattr(self, name)
+            if value is not None and not (
+                isinstance(value, str) and re.fullmatch(pattern, value, re.ASCII)
+            ):
+                raise Refused(f"{name} must be {meaning}; not {value!r}")
+        for part in self.program:
+            if not isinstance(part, str) or any(ord(char) < 32 for char in part):
+                raise Refused(f"an argument of the program is one line of text, not {part!r}")
+
+    @property
+    def ranks_per_node(self) -> int:
+        """One rank per GPU; one per node where there are none."""
+        return max(1, self.gpus_per_node)
+
+    @property
+    def words(self) -> list[str]:
+        """The program, or this project's own."""
+        return list(self.program) or ["-m", "pardemo", "run", "--folder", self.folder]
+
+
+def template(kind: str, plan: Plan) -> str:
+    """The script or manifest of `kind` (slurm, torchrun, kubernetes, kubeflow), ready to use."""
+    if kind not in KINDS:
+        raise Refused(f"no template {kind!r}; {nearest(kind, KINDS)}")
+    return KINDS[kind](plan)
+
+
+def _exports(plan: Plan) -> list[str]:
+    said = ["export OMP_NUM_THREADS=" + str(plan.cpus_per_rank)]
+    if plan.interface:
+        said += [
+            "# the interface that leads to the other nodes (see: pardemo doctor)",
+            f"export GLOO_SOCKET_IFNAME={shlex.quote(plan.interface)}",
+            f"export NCCL_SOCKET_IFNAME={shlex.quote(plan.interface)}",
+        ]
+    return said
+
+
+def _slurm(plan: Plan) -> str:
+    head = [
+        "#!/bin/bash",
+        f"# {plan.nodes} nodes x {plan.ranks_per_node} ranks. Submit with: sbatch THIS_FILE",
+        f"#SBATCH --job-name={plan.name}", f"#SBATCH --nodes={plan.nodes}",
+        "#SBATCH --ntasks-per-node=1          # one torchrun per node; it starts the ranks",
+        f"#SBATCH --cpus-per-task={plan.cpus_per_rank * plan.ranks_per_node}",
+        f"#SBATCH --time={plan.time}",
+        f"#SBATCH --output={plan.folder}/slurm-%j.out", "#SBATCH --open-mode=append",
+        "#SBATCH --requeue                    # a lost node brings the job back; it resumes",
+    ]  # fmt: skip
+    if plan.gpus_per_node:
+        head.append(f"#SBATCH --gpus-per-node={plan.gpus_per_node}")
+    head += [f"#SBATCH --partition={plan.partition}"] if plan.partition else []
+    head += [f"#SBATCH --account={plan.account}"] if plan.account else []
+    master = shlex.quote(plan.master) if plan.master else '"$(head -n 1 <<<"$hosts")"'
+    body = [
+        "set -euo pipefail",
+        'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
+        f"master={master}                      # rank 0's node; all nodes must reach it",
+        "port=$((20000 + SLURM_JOB_ID % 10000))   # two jobs on one node must not meet",
+        *_exports(plan),
+        "# each task learns its node's number from Slurm; the rest is the same on all nodes",
+        'start=\'exec "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"\'',
+        "# exec: the job ends as srun ends, so that a failure is never recorded as COMPLETED",
+        f'exec srun --kill-on-bad-exit=1 bash -c "$start" {shlex.quote(plan.python)} \\',
+        f"  --nnodes={plan.nodes} --nproc-per-node={plan.ranks_per_node} \\",
+        '  --master-addr="$master" --master-port="$port" \\',
+        f'  --log-dir={shlex.quote(plan.folder)}/logs-"$SLURM_JOB_ID" \\',
+        f"  {shlex.join(plan.words)}",
+    ]
+    return "\n".join([*head, "", *body, ""])
+
+
+def _torchrun(plan: Plan) -> str:
+    last = plan.nodes - 1
+    master = plan.master or "node0"
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"# {plan.nodes} nodes x {plan.ranks_per_node} ranks, without a scheduler.",
+            f"# Start it on every node with the node's number: bash THIS_FILE 0 ... {last}",
+            f"# Number 0 must run on {master}, and all nodes must reach its port {plan.port}.",
+            "set -euo pipefail",
+            f"node=${{1:?give the number of this node, 0 to {last}}}",
+            f'[[ "$node" =~ ^[0-9]+$ && "$node" -le {last} ]] || '
+            f'{{ echo "a node is 0 to {last}, not $node" >&2; exit 2; }}',
+            *_exports(plan),
+            "# gloo ranks that are restarted need a store of their own per attempt (torch 2.13)",
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+            f"exec {shlex.quote(plan.python)} -m torch.distributed.run \\",
+            f"  --nnodes={plan.nodes} --nproc-per-node={plan.ranks_per_node} \\",
+            '  --node-rank="$node" \\',
+            f"  --master-addr={shlex.quote(master)} --master-port={plan.port} \\",
+            f"  --log-dir={shlex.quote(plan.folder)}/logs \\",
+            f"  {shlex.join(plan.words)}",
+            "",
+        ]
+    )
+
+
+def _kubernetes(plan: Plan) -> str:
+    """A headless Service, so that pods find each other by name, and an Indexed Job."""
+    labels = {"app": plan.name}
+    command = [
+        plan.python, "-m", "torch.distributed.run", f"--nnodes={plan.nodes}",
+        f"--nproc-per-node={plan.ranks_per_node}", "--node-rank=$(JOB_COMPLETION_INDEX)",
+        f"--master-addr={plan.name}-0.{plan.name}", f"--master-port={plan.port}", *plan.words,
+    ]  # fmt: skip
+    container: dict[str, Any] = {
+        "name": "trainer", "image": plan.image, "command": command, "env": _environment(plan),
+        "ports": [{"containerPort": plan.port}], "resources": _resources(plan),
+        "volumeMounts": [
+            {"name": "shm", "mountPath": "/dev/shm"}, {"name": "shared", "mountPath": plan.folder}
+        ],
+    }  # fmt: skip
+    pod = {
+        "subdomain": plan.name, "restartPolicy": "Never", "containers": [container],
+        "volumes": [
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+            {"name": "shared", "persistentVolumeClaim": {"claimName": plan.name}},
+        ],
+    }  # fmt: skip
+    service = {
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": plan.name},
+        "spec": {"clusterIP": "None", "selector": labels, "publishNotReadyAddresses": True,
+                 "ports": [{"name": "rendezvous", "port": plan.port}]},
+    }  # fmt: skip
+    job = {
+        "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": plan.name},
+        "spec": {
+            "completions": plan.nodes, "parallelism": plan.nodes, "completionMode": "Indexed",
+            "backoffLimit": 3 * plan.nodes,
+            "template": {"metadata": {"labels": labels}, "spec": pod},
+        },
+    }  # fmt: skip
+    said = (
+        f"# {plan.nodes} pods x {plan.ranks_per_node} ranks: kubectl apply -f THIS_FILE\n"
+        "# Validated against the Kubernetes schema, not run. The claim named below must exist and\n"
+        "# be shared (ReadWriteMany). /dev/shm is in memory: the default of 64 MB is too small.\n"
+    )
+    return said + yaml.safe_dump_all([service, job], sort_keys=False)
+
+
+def _kubeflow(plan: Plan) -> str:
+    """A TrainJob of Kubeflow Trainer v2 with its torch-distributed runtime."""
+    manifest = {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJob",
+        "metadata": {"name": plan.name},
+        "spec": {
+            "runtimeRef": {"name": "torch-distributed"},
+            "trainer": {
+                "image": plan.image, "numNodes": plan.nodes, "numProcPerNode": plan.ranks_per_node,
+                "command": ["torchrun", *plan.words], "env": _environment(plan),
+                "resourcesPerNode": _resources(plan),
+            },
+        },
+    }  # fmt: skip
+    said = (
+        "# For a cluster with Kubeflow Trainer v2: kubectl apply -f THIS_FILE. Not run here.\n"
+        "# The runtime torch-distributed tells torchrun the nodes and where they meet.\n"
+    )
+    return said + yaml.safe_dump(manifest, sort_keys=False)
+
+
+def _environment(plan: Plan) -> list[dict[str, str]]:
+    pairs = {"OMP_NUM_THREADS": str(plan.cpus_per_rank)}
+    if plan.interface:
+        pairs |= {"GLOO_SOCKET_IFNAME": plan.interface, "NCCL_SOCKET_IFNAME": plan.interface}
+    return [{"name": name, "value": value} for name, value in pairs.items()]
+
+
+def _resources(plan: Plan) -> dict[str, Any]:
+    limits = {"cpu": str(plan.cpus_per_rank * plan.ranks_per_node)}
+    if plan.gpus_per_node:
+        limits["nvidia.com/gpu"] = str(plan.gpus_per_node)
+    return {"limits": limits}
+
+
+KINDS: dict[str, Callable[[Plan], str]] = {
+    "slurm": _slurm, "torchrun": _torchrun, "kubernetes": _kubernetes, "kubeflow": _kubeflow
+}  # fmt: skip

@@ -1,0 +1,113 @@
+"""Templates are ready to use, hold nothing that was not checked, and quote what reaches a shell."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pardemo.cluster.templates import KINDS, Plan, template
+from pardemo.parameters import Refused
+
+ROOT = Path(__file__).parents[2]
+FIELDS = ["name", "folder", "time", "partition", "interface", "master", "image"]
+BAD = ["x; touch PWN", "$(touch PWN)", "`id`", "a\nb", "-rf", "../../etc", "a b", "x'y", 'x"y', ""]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("bad", BAD)
+def test_a_value_that_is_not_on_the_list_is_refused(name: str, bad: str) -> None:
+    with pytest.raises(Refused, match=name):
+        Plan(**{name: bad})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"), [("nodes", 0), ("gpus_per_node", -1), ("port", 80), ("nodes", "2")]
+)
+def test_a_number_out_of_range_is_refused(name: str, bad: object) -> None:
+    with pytest.raises(Refused, match=name):
+        Plan(**{name: bad})  # type: ignore[arg-type]
+
+
+def test_an_unknown_kind_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(Refused, match="did you mean 'slurm'"):
+        template("slrum", Plan())
+
+
+@pytest.mark.parametrize("kind", ["slurm", "torchrun"])
+def test_scripts_are_valid_bash_and_arguments_arrive_as_they_were(
+    kind: str, tmp_path: Path
+) -> None:
+    odd = ["train.py", "--note", "it's $HOME; `id`", "--lr", "0.1"]
+    text = template(kind, Plan(nodes=2, gpus_per_node=0, program=odd, folder=str(tmp_path)))
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    for name, body in (("scontrol", "echo first; echo second"), ("srun", 'shift; exec "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+    for name in ("python", "scontrol", "srun"):
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-s", "1"], input=text, text=True, capture_output=True, cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "n[1-2]",
+             "SLURM_JOB_ID": "10042", "SLURM_NODEID": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-5:] == odd
+    assert "--node-rank=1" in lines
+    assert ("--master-addr=first" in lines) == (kind == "slurm")
+    assert ("--master-port=20042" in lines) == (kind == "slurm")
+
+
+def test_the_script_of_torchrun_wants_the_number_of_its_node(tmp_path: Path) -> None:
+    text = template("torchrun", Plan(nodes=2, folder=str(tmp_path)))
+    for given in ([], ["2"], ["x; id"]):
+        done = subprocess.run(["bash", "-s", *given], input=text, text=True, capture_output=True)
+        assert done.returncode != 0
+        assert "node" in done.stderr
+
+
+def test_gpus_are_asked_for_only_where_there_are_any() -> None:
+    assert "--gpus-per-node=8" in template("slurm", Plan())
+    assert "gpu" not in template("slurm", Plan(gpus_per_node=0)).replace("gpus_per_node", "")
+    assert "nvidia.com/gpu: '4'" in template("kubernetes", Plan(gpus_per_node=4))
+    assert "nvidia" not in template("kubernetes", Plan(gpus_per_node=0))
+
+
+def test_manifests_say_what_was_asked_for() -> None:
+    service, job = yaml.safe_load_all(template("kubernetes", Plan(nodes=3, name="seven")))
+    assert (service["kind"], service["spec"]["clusterIP"]) == ("Service", "None")
+    assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (3, 3)
+    pod = job["spec"]["template"]["spec"]
+    assert pod["subdomain"] == service["metadata"]["name"] == "seven"
+    assert "--master-addr=seven-0.seven" in pod["containers"][0]["command"]
+    (train,) = yaml.safe_load_all(template("kubeflow", Plan(nodes=3, gpus_per_node=4)))
+    assert (train["spec"]["trainer"]["numNodes"], train["spec"]["trainer"]["numProcPerNode"]) == (
+        3,
+        4,
+    )
+
+
+def test_manifests_fit_the_published_schema() -> None:
+    validate = pytest.importorskip(
+        "kubernetes_validate", reason="pip install kubernetes-validate to check against the schema"
+    )
+    for manifest in yaml.safe_load_all(template("kubernetes", Plan(nodes=3))):
+        validate.validate(manifest, "1.30", strict=True)
+
+
+def test_the_command_prints_the_template() -> None:
+    argv = [sys.executable, "-m", "pardemo.cluster", "cluster", "template", "slurm", "--nodes", "3"]
+    argv += ["--program", "x.py", "--a"]
+    done = subprocess.run(argv, text=True, capture_output=True, cwd=ROOT)
+    assert done.stdout == template("slurm", Plan(nodes=3, program=("x.py", "--a")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_starts_the_program_that_was_given(kind: str) -> None:
+    assert "train.py" in template(kind, Plan(program=("train.py",)))
+    assert "pardemo" in template(kind, Plan())
