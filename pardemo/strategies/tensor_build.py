@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import loss_parallel as in_loss_parallel
 
 from pardemo.strategies import base, tensor_plans
+from pardemo.strategies.pipeline_split import Chain
+from pardemo.strategies.pipeline_trace import Relay
 from pardemo.strategies.tensor_slices import slice_layers
 from pardemo.strategies.whole import Whole
 
@@ -51,12 +53,13 @@ def stage_slicer(mesh: DeviceMesh | None) -> Callable[[nn.Module], Any] | None:
         return None
 
     def slice_stage(stage: nn.Module) -> None:
-        if not hasattr(stage, "parts"):
+        if isinstance(stage, Relay):
             raise base.StrategyError(
                 "layers of a traced model cannot be split: give the model `sequence()`"
             )
-        parts: Any = stage.parts
-        slice_layers(nn.Sequential(*parts), mesh["tp"], strict=False)
+        chain = isinstance(stage, Chain)  # else the whole model: one stage
+        body = nn.Sequential(*stage.parts) if isinstance(stage, Chain) else stage
+        slice_layers(body, mesh["tp"], strict=not chain)
 
     return slice_stage
 
