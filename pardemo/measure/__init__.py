@@ -17,6 +17,8 @@ Inside a rank
 from __future__ import annotations
 
 from pardemo.measure.anatomy import Anatomy, Share, decompose
+from pardemo.measure.calibrate import calibrate
+from pardemo.measure.collectives import Measured, sweep
 from pardemo.measure.flops import Flops, Peak, Utilization, count_flops, peak_flops
 from pardemo.measure.inside import Case
 from pardemo.measure.memory import MemoryReport, weigh
@@ -35,6 +37,7 @@ __all__ = [
     "Counting",
     "Flops",
     "Flow",
+    "Measured",
     "MemoryReport",
     "NothingFound",
     "Peak",
@@ -46,12 +49,14 @@ __all__ = [
     "Timing",
     "Traffic",
     "Utilization",
+    "calibrate",
     "compare",
     "count",
     "count_flops",
     "decompose",
     "peak_flops",
     "quiet",
+    "sweep",
     "timeline",
     "weigh",
 ]

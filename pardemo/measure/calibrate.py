@@ -1,0 +1,278 @@
+"""calibrate(): this machine's profile in about half a minute, as a dated, JSON-able dict.
+
+What is measured, interleaved in rounds: each collective by size and world size; compute by layer
+kind and shape, forward and backward; the optimizer per parameter; what a step costs to launch; how
+much of its communication a DDP step hides. Times in seconds, sizes in bytes. The schema is
+"pardemo-profile/1"; nothing in it is fitted, so a prediction made from it can be judged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pardemo.launch import Ranks
+from pardemo.machine import Machine, machine
+from pardemo.measure.anatomy import decompose
+from pardemo.measure.collectives import KINDS, collective
+from pardemo.measure.flops import count_flops, peak_flops
+from pardemo.measure.inside import Case
+from pardemo.measure.rounds import Comparison, Progress, compare
+
+SCHEMA = "pardemo-profile/1"
+SIZES = (4096, 65536, 1048576, 8388608)
+PARAMETERS = (10_000, 1_000_000)
+
+Pair = tuple[nn.Module, tuple[torch.Tensor, ...]]
+
+
+def calibrate(
+    *,
+    ranks: Ranks | None = None,
+    world_sizes: Sequence[int] | None = None,
+    sizes: Sequence[int] = SIZES,
+    kinds: Sequence[str] = KINDS,
+    rounds: int = 6,
+    budget_s: float = 20.0,
+    name: str = "",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure this machine and return its profile.
+
+    `world_sizes`: powers of two up to the group's size by default. The floor of `rounds` comes
+    before the budget. Save it with json.dump, or load it into predict.
+    """
+    here = machine()
+    with contextlib.ExitStack() as stack:
+        if ranks is None:
+            ranks = stack.enter_context(Ranks(max(2, here.devices), timeout=300))
+        total = ranks.setup.nprocs
+        worlds = list(world_sizes or [n for n in (2, 4, 8, 16) if n <= total] or [total])
+        cases = _cases(worlds, sizes, kinds) if total > 1 else _cases([], sizes, kinds)
+        how: dict[str, Any] = {"rounds": rounds, "max_rounds": 2 * rounds, "progress": progress}
+        found = compare(cases, ranks=ranks, budget_s=budget_s, warmup=3, **how)
+        overlap = {"hidden_share": 0.0, "slowdown": 1.0}
+        if total > 1:
+            case = Case(_ddp, ranks=min(total, max(2, here.devices)))
+            parts = decompose(case, ranks=ranks, rounds=rounds, max_rounds=rounds, budget_s=4)
+            overlap = _overlap(parts.exposed_s + max(parts.rest_s, 0.0), parts.communication_s)
+    profile = _about(here, name, found.load)
+    profile |= {
+        "collectives": _collectives(found, worlds if total > 1 else [], sizes, kinds, here),
+        "compute": _compute(found),
+        "optimizer": _optimizer(found),
+        "overlap": overlap,
+        "launch": _launch(found, worlds if total > 1 else [], min(sizes)),
+    }
+    return profile
+
+
+def _cases(worlds: Sequence[int], sizes: Sequence[int], kinds: Sequence[str]) -> dict[str, Case]:
+    cases = {
+        f"{kind} {n} {size}": collective(kind, size, ranks=n)
+        for kind in kinds
+        for n in worlds
+        for size in sizes
+    }
+    for layer in LAYERS:
+        cases[f"{layer} forward"] = Case(_layer(layer, backward=False))
+        cases[f"{layer} both"] = Case(_layer(layer, backward=True))
+    for count in PARAMETERS:
+        cases[f"optimizer {count}"] = Case(_adam(count))
+    cases["nothing"] = Case(lambda mesh: lambda: None)
+    return cases
+
+
+def _about(here: Machine, name: str, load: Sequence[str]) -> dict[str, Any]:
+    """Who, when and what: everything but the measurements."""
+    today = datetime.date.today().isoformat()
+    peaks = {"float32": float(peak_flops(threads=1))}
+    if here.gpus:
+        peaks["bfloat16"] = float(peak_flops(torch.bfloat16, sizes=(2048, 8192)))
+    memory = float(here.memory_bytes) / here.devices
+    if here.gpus:
+        memory = float(torch.cuda.get_device_properties(0).total_memory)
+    link = 0.0
+    card = {"card": here.card(), "devices": here.devices, "cores": here.cores, "cpu": here.cpu,
+            "gpus": list(here.gpus), "torch": here.torch, "load": list(load)}  # fmt: skip
+    return {
+        "schema": SCHEMA,
+        "name": name or "this-machine",
+        "date": today,
+        "source": f"pardemo.measure.calibrate on {here.cpu}",
+        "machine": card,
+        "per_node": here.devices,
+        "memory_bytes": memory,
+        "peak_flops": peaks,
+        "peak_source": "measured",
+        "memory_bandwidth": _memory_bandwidth(),
+        "links": {"node": link, "network": 0.0},
+    }
+
+
+def _collectives(
+    found: Comparison, worlds: Sequence[int], sizes: Sequence[int], kinds: Sequence[str],
+    here: Machine,
+) -> list[dict[str, Any]]:  # fmt: skip
+    rows = []
+    for kind in kinds:
+        for n in worlds:
+            for size in sizes:
+                timing = found[f"{kind} {n} {size}"]
+                rows.append({
+                    "collective": kind, "ranks": n, "nodes": 1, "size_bytes": size,
+                    "time_s": timing.median_s, "status": timing.status,
+                    "rounds_s": [float(np.median(r)) for r in timing.samples],
+                })  # fmt: skip
+    return rows
+
+
+def _compute(found: Comparison) -> list[dict[str, Any]]:
+    """Forward, and backward as the difference of paired rounds (never below zero)."""
+    rows = []
+    for layer in LAYERS:
+        module, inputs = LAYERS[layer]()
+        forward = found.samples.rounds(f"{layer} forward")
+        both = found.samples.rounds(f"{layer} both")
+        pairs = [
+            (float(np.median(f)), max(0.0, float(np.median(b) - np.median(f))))
+            for f, b in zip(forward, both, strict=True)
+        ]
+        flops = count_flops(lambda m=module, x=inputs: m(*x)).total  # type: ignore[misc]
+        flops = flops or 8.0 * sum(t.numel() for t in inputs)  # norms: about 8 per element
+        rows.append({
+            "kind": layer.split()[0], "shape": layer.split()[1], "flops": flops,
+            "forward_s": float(np.median([f for f, _ in pairs])),
+            "backward_s": float(np.median([b for _, b in pairs])),
+            "rounds_s": [list(pair) for pair in pairs],
+        })  # fmt: skip
+    return rows
+
+
+def _optimizer(found: Comparison) -> dict[str, Any]:
+    """AdamW's time as fixed + per parameter, from two sizes."""
+    small, large = PARAMETERS
+    few, many = found[f"optimizer {small}"].median_s, found[f"optimizer {large}"].median_s
+    each = max(0.0, (many - few) / (large - small))
+    return {"name": "AdamW", "seconds_per_parameter": each, "fixed_s": max(0.0, few - each * small)}
+
+
+def _launch(found: Comparison, worlds: Sequence[int], size: int) -> dict[str, float]:
+    """What it costs to begin: an empty step, the smallest layer, the smallest collective."""
+    tiny = found["linear 1x16x16 both"].median_s
+    fixed = {"step_s": found["nothing"].median_s, "microbatch_s": tiny}
+    if worlds and f"all_reduce {worlds[0]} {size}" in found.timings:
+        fixed["collective_s"] = found[f"all_reduce {worlds[0]} {size}"].median_s
+    return fixed
+
+
+def _overlap(exposed_s: float, alone_s: float) -> dict[str, float]:
+    """Hidden share of a DDP step's communication, and how much overlapping slowed things down."""
+    hidden = 1 - exposed_s / alone_s if alone_s > 0 else 0.0
+    return {
+        "hidden_share": min(1.0, max(0.0, hidden)),
+        "slowdown": max(1.0, exposed_s / alone_s) if alone_s > 0 else 1.0,
+    }
+
+
+def _linear(batch: int, inputs: int, outputs: int) -> Callable[[], Pair]:
+    return lambda: (nn.Linear(inputs, outputs), (torch.randn(batch, inputs),))
+
+
+def _conv(batch: int, channels: int, pixels: int) -> Callable[[], Pair]:
+    make = nn.Conv2d(channels, channels, 3, padding=1)
+    return lambda: (make, (torch.randn(batch, channels, pixels, pixels),))
+
+
+class _Attention(nn.Module):
+    """Causal attention of q, k, v without projections."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _attention(batch: int, heads: int, length: int) -> Callable[[], Pair]:
+    def make() -> Pair:
+        q, k, v = (torch.randn(batch, heads, length, 32, requires_grad=True) for _ in range(3))
+        return _Attention(), (q, k, v)
+
+    return make
+
+
+def _norm(batch: int, width: int) -> Callable[[], Pair]:
+    return lambda: (nn.LayerNorm(width), (torch.randn(batch, width),))
+
+
+def _embedding(batch: int, rows: int, width: int) -> Callable[[], Pair]:
+    return lambda: (nn.Embedding(rows, width), (torch.arange(batch) % rows,))
+
+
+LAYERS: Mapping[str, Callable[[], Pair]] = {
+    "linear 1x16x16": _linear(1, 16, 16),
+    "linear 64x256x256": _linear(64, 256, 256),
+    "linear 256x512x512": _linear(256, 512, 512),
+    "conv 4x16x16": _conv(4, 16, 16),
+    "conv 16x32x16": _conv(16, 32, 16),
+    "attention 2x4x32": _attention(2, 4, 32),
+    "attention 4x4x128": _attention(4, 4, 128),
+    "norm 64x256": _norm(64, 256),
+    "norm 1024x512": _norm(1024, 512),
+    "embedding 512x256x128": _embedding(512, 256, 128),
+}
+
+
+class _layer:
+    """make() of a layer's forward, or forward and backward, on whatever device a rank has."""
+
+    def __init__(self, name: str, backward: bool) -> None:
+        self.name, self.backward = name, backward
+
+    def __call__(self, mesh: Any) -> Callable[[], object]:
+        module, inputs = LAYERS[self.name]()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        module, inputs = module.to(device), tuple(t.to(device) for t in inputs)
+        for t in inputs:
+            if t.is_floating_point():
+                t.requires_grad_()
+        if not self.backward:
+            return lambda: module(*inputs)
+        return lambda: module(*inputs).sum().backward()
+
+
+class _adam:
+    """make() of an AdamW step over `count` parameters."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __call__(self, mesh: Any) -> Callable[[], object]:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        parameter = nn.Parameter(torch.zeros(self.count, device=device))
+        parameter.grad = torch.ones_like(parameter)
+        return torch.optim.AdamW([parameter]).step
+
+
+def _ddp(mesh: Any) -> Callable[[], object]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net = nn.Sequential(*[nn.Linear(512, 512) for _ in range(4)]).to(device)
+    ddp = nn.parallel.DistributedDataParallel(net, process_group=mesh.get_group(), bucket_cap_mb=1)
+    x = torch.randn(128, 512, device=device)
+    return lambda: ddp(x).sum().backward()  # moves 2(n-1)/n of 4.2 MB
+
+
+def _memory_bandwidth() -> float:
+    """Bytes per second of a large copy on one thread, reads and writes counted."""
+    from torch.utils.benchmark import Timer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.ones(4_000_000, device=device) for _ in range(2))
+    taken = Timer("a.copy_(b)", globals={"a": a, "b": b}, num_threads=1).blocked_autorange(
+        min_run_time=0.1
+    )
+    return 2 * 16e6 / taken.median

@@ -1,0 +1,55 @@
+"""The machine profile: complete, JSON, and read by predict without complaint."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pardemo import predict
+from pardemo.measure import calibrate
+from pardemo.measure.calibrate import LAYERS, _overlap
+
+
+@pytest.fixture(scope="module")
+def profile(ranks2):
+    return calibrate(
+        ranks=ranks2, sizes=(4096, 65536), kinds=("all_reduce", "send"), rounds=2, budget_s=1
+    )
+
+
+def test_the_profile_is_json_that_predict_reads(profile):
+    loaded = predict.load(json.loads(json.dumps(profile)))
+    assert loaded.peak_source == "measured"
+    assert len(loaded.curves()) == 2
+
+
+def test_every_collective_has_a_point_per_size_with_its_rounds(profile):
+    points = {(r["collective"], r["ranks"], r["size_bytes"]) for r in profile["collectives"]}
+    assert points == {(k, 2, s) for k in ("all_reduce", "send") for s in (4096, 65536)}
+    assert all(len(r["rounds_s"]) >= 2 for r in profile["collectives"])
+
+
+def test_every_layer_kind_has_forward_and_backward(profile):
+    assert len(profile["compute"]) == len(LAYERS)
+    kinds = {r["kind"] for r in profile["compute"]}
+    assert kinds == {"linear", "conv", "attention", "norm", "embedding"}
+    assert all(r["flops"] > 0 and r["forward_s"] > 0 for r in profile["compute"])
+    linear = next(r for r in profile["compute"] if r["shape"] == "64x256x256")
+    assert linear["flops"] == 2 * 64 * 256 * 256
+
+
+def test_the_profile_names_its_machine_its_day_and_nothing_private(profile):
+    import platform
+
+    assert profile["machine"]["card"].startswith("CPU")
+    assert len(profile["date"]) == 10
+    assert platform.node() not in json.dumps({k: v for k, v in profile.items() if k != "machine"})
+
+
+@pytest.mark.parametrize(
+    ("exposed", "alone", "hidden", "slowdown"),
+    [(0.5, 1.0, 0.5, 1.0), (1.5, 1.0, 0.0, 1.5), (0.0, 0.0, 0.0, 1.0), (-0.1, 1.0, 1.0, 1.0)],
+)
+def test_overlap_is_between_nothing_and_everything_and_may_cost(exposed, alone, hidden, slowdown):
+    assert _overlap(exposed, alone) == {"hidden_share": hidden, "slowdown": slowdown}
