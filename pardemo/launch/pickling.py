@@ -9,6 +9,7 @@ read a cell from disk and a traceback without its line teaches nothing.
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import linecache
 import os
@@ -44,6 +45,10 @@ class _Pickler(cloudpickle.Pickler):
             reduced = _reduce_tensor(obj, self.detach)
             if reduced is not None:
                 return reduced
+        if isinstance(obj, types.ModuleType) and type(obj) is not types.ModuleType:
+            # torch.distributed.config is one; cloudpickle adds it to every function that uses
+            # `dist` and something called `config`, and then cannot send it
+            return importlib.import_module, (obj.__name__,)
         if isinstance(obj, types.FunctionType):
             self.functions.append(obj)
         if isinstance(obj, types.FunctionType | type):
