@@ -87,10 +87,9 @@ def strategy_step(
 ) -> Prediction:
     """Seconds of one step of `strategy` on `ranks` ranks.
 
-    `compute_s`: one process's forward + backward on the GLOBAL batch (or give `layers` and
-    `batch`). `sent`: from `sent_bytes`. `shares`: each stage's part of the compute (default equal).
-    `parameters`: those one rank's optimiser updates. `oversubscribed`: ranks per core, where above
-    1. Refused without curves for what is sent.
+    `compute_s`: one process's forward + backward on the GLOBAL batch (or `layers` and `batch`).
+    `shares`: each stage's part of it. `parameters`: those one rank's optimiser updates.
+    `oversubscribed`: ranks per core, above 1. Refused without curves for what is sent.
     """
     evidence = "given: one process, measured"
     if compute_s is None:
@@ -109,6 +108,14 @@ def strategy_step(
             raise Refused(str(error)) from None
         hidden = profile.overlap.get("hidden_share", 0.0) if strategy in OVERLAPS else 0.0
         parts += [_scaled(t, 1 - hidden, f"(1 - {hidden:g} hidden) x ") for t in moved]
+    parts += _fixed_terms(profile, parameters, microbatches)
+    lo, hi = _interval(parts, profile)
+    return Prediction(f"step of {strategy} on {ranks} ranks", tuple(parts), "s", lo, hi)
+
+
+def _fixed_terms(profile: Profile, parameters: float, microbatches: int) -> list[Term]:
+    """The optimiser's time and what a step and a microbatch cost to launch."""
+    parts = []
     if parameters and profile.optimizer:
         each = float(profile.optimizer["seconds_per_parameter"])
         fixed = float(profile.optimizer.get("fixed_s", 0.0))
@@ -118,8 +125,7 @@ def strategy_step(
     launch += microbatches * profile.launch.get("microbatch_s", 0.0)
     if launch:
         parts.append(Term("launch", "per step + m x per microbatch", launch, "s", profile.cite))
-    lo, hi = _interval(parts, profile)
-    return Prediction(f"step of {strategy} on {ranks} ranks", tuple(parts), "s", lo, hi)
+    return parts
 
 
 def _compute_terms(
