@@ -28,7 +28,8 @@ def throughput(axes: Axes, table: Any, unit: str = "samples/s", title: str = "")
     said, rows = [], [(n, r) for n, r in named(table) if field(r, "throughput") is not None]
     for place, (name, row) in enumerate(rows):
         value, style = field(row, "throughput"), look(name)
-        sound = field(row, "status", default="ok") == "ok"
+        status = field(row, "status", default="ok")
+        sound = status == "ok"
         axes.barh(place, value, color=style.colour, hatch=style.hatch, edgecolor="white")
         axes.patches[-1].set_alpha(1.0 if sound else 0.45)
         low, high = field(row, "throughput_lo"), field(row, "throughput_hi")
@@ -37,7 +38,7 @@ def throughput(axes: Axes, table: Any, unit: str = "samples/s", title: str = "")
         predicted = field(row, "throughput_predicted")
         if predicted is not None:
             axes.plot([predicted] * 2, [place - 0.45, place + 0.45], color=BLACK, linestyle=":")
-        said.append(f"{name} {value:.3g}{'' if sound else ' (' + row['status'] + ')'}")
+        said.append(f"{name} {value:.3g}{'' if sound else ' (' + status + ')'}")
     label_rows(axes, [name for name, _ in rows])
     axes.set_xlim(left=0)
     axes.set_xlabel(f"{unit} (bar: median; line: 95 % interval; dotted: predicted)")

@@ -35,7 +35,7 @@ BLUE, VERMILION, PURPLE, BLACK, GREY = "#0072B2", "#D55E00", "#CC79A7", "#333333
 
 LOOKS = {
     "single": Look(BLACK, "", "o"),
-    "single, all cores": Look(GREY, "", "o"),
+    "single on all cores": Look(GREY, "", "o"),
     "data_parallel": Look(ORANGE, "//", "s"),
     "ddp": Look(BLUE, "", "D"),
     "model_parallel": Look(VERMILION, "..", "v"),

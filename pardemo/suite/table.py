@@ -10,7 +10,7 @@ from typing import Any
 
 from pardemo.measure import Ratio, Timing
 
-ONE, ALL = "single", "single, all cores"  # the two baselines
+ONE, ALL = "single", "single on all cores"  # the two baselines
 HEADINGS = (
     "strategy", "ranks x threads", "step [ms]", "95 % interval", "predicted", "error",
     "vs one thread", "vs all cores", "sent [MB]", "formula", "exposed", "idle", "memory [MB]",
