@@ -83,8 +83,12 @@ def _one(case: Case, output: Path, results: Path) -> NotebookNode:
     given = dict(case.given)
     if "results" in notebooks.parameters(path):
         given.setdefault("results", str((results / "pardemo.sqlite").resolve()))
-    with _importable(Path.cwd()):
-        return notebooks.execute(path, output, given)
+    try:
+        with _importable(Path.cwd()):
+            return notebooks.execute(path, output, given)
+    finally:
+        if output.exists():
+            output.chmod(0o600)
 
 
 @contextmanager

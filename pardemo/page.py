@@ -98,13 +98,26 @@ def _section(name: str, notebook: NotebookNode) -> str:
             parts.append(_markdown(source))
         elif cell.cell_type == "code":
             code.append(source)
-            parts += [_output(output) for output in cell.outputs]
+            if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
+                parts.append(f"<pre>{html.escape(source)}</pre>")
+            parts += [_output(output) for output in _joined(cell.outputs)]
     body = "\n".join(part for part in parts if part)
     folded = html.escape("\n\n".join(code))
     return (
         f'<section id="{html.escape(name)}">{body}<details><summary>The code of {html.escape(name)}'
         f"</summary><pre>{folded}</pre></details></section>"
     )
+
+
+def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Consecutive prints as one text: a kernel sends them in pieces."""
+    found: list[NotebookNode] = []
+    for output in outputs:
+        if found and output.output_type == found[-1].output_type == "stream":
+            found[-1] = NotebookNode({**found[-1], "text": found[-1].text + output.text})
+        else:
+            found.append(output)
+    return found
 
 
 def _output(output: NotebookNode) -> str:

@@ -26,6 +26,8 @@ def throughput(axes: Axes, table: Any, unit: str = "samples/s", title: str = "")
     throughput_predicted, status. A row whose status is not "ok" is drawn pale.
     """
     said, rows = [], [(n, r) for n, r in named(table) if field(r, "throughput") is not None]
+    reach = max((field(r, k, default=0.0) for _, r in rows
+                 for k in ("throughput", "throughput_predicted")), default=1.0)  # fmt: skip
     for place, (name, row) in enumerate(rows):
         value, style = field(row, "throughput"), look(name)
         status = field(row, "status", default="ok")
@@ -40,7 +42,7 @@ def throughput(axes: Axes, table: Any, unit: str = "samples/s", title: str = "")
             axes.plot([predicted] * 2, [place - 0.45, place + 0.45], color=BLACK, linestyle=":")
         said.append(f"{name} {value:.3g}{'' if sound else ' (' + status + ')'}")
     label_rows(axes, [name for name, _ in rows])
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.3 * reach)  # an interval without end must not squeeze the bars
     axes.set_xlabel(f"{unit} (bar: median; line: 95 % interval; dotted: predicted)")
     axes.set_title(title)
     return f"Throughput in {unit}: {', '.join(said)}."

@@ -18,7 +18,7 @@ from pardemo.strategies import StrategyError
 from pardemo.workloads import Workload
 from pardemo.workloads import workload as find_workload
 
-from . import foresee, forms, inside
+from . import foresee, forms, inside, keep
 from .table import ALL, ONE, Row, Table
 
 Say = Callable[[str], None]
@@ -128,7 +128,7 @@ def _run(
     plan.say(f"measuring {len(timed)} variants, interleaved")
     found = compare(
         {c.name: c.case for c in timed}, ranks=ranks, rounds=plan.rounds, budget_s=plan.seconds,
-        progress=lambda done, most, text: plan.say(f"round {done} of at most {most}: {text}"),
+        progress=every_fourth(plan.say),
     )  # fmt: skip
     if anatomy:
         for candidate in fit:
@@ -137,9 +137,24 @@ def _run(
     plan.say(f"done in {time.monotonic() - began:.0f} s; {found.stopped}")
     table = Table(
         plan.work.name, plan.batch_size, tuple(rows), plan.here.card(), found.stopped,
-        (*notes, *found.load),
+        tuple(notes),
     )  # fmt: skip
-    return table if record is None else _record(plan, table, found, Path(record))
+    if record is None:
+        return table
+    told = {"workload": table.workload, "batch_size": table.batch_size, "nprocs": plan.nprocs,
+            "rounds": plan.rounds, "seconds": plan.seconds}  # fmt: skip
+    rows = ((row.name, row.values()) for row in table.rows)
+    return dataclasses.replace(table, run_id=keep.record(record, "strategies", told, found, rows))
+
+
+def every_fourth(say: Say) -> Callable[[int, int, str], None]:
+    """Progress of a comparison, a line for every fourth round."""
+
+    def progress(done: int, most: int, text: str) -> None:
+        if done % 4 == 0:
+            say(f"round {done} of at most {most}: {text}")
+
+    return progress
 
 
 def _candidates(plan: Plan, names: Sequence[str] | None) -> list[_Candidate]:
@@ -278,23 +293,6 @@ def _row(candidate: _Candidate, found: Comparison) -> Row:
             ratios[key] = found.ratio(candidate.name, baseline)
     step = found[candidate.name]
     return dataclasses.replace(candidate.row, step=step, **candidate.facts, **ratios)
-
-
-def _record(plan: Plan, table: Table, found: Comparison, path: Path) -> Table:
-    """Write every row, with its raw samples, as one run."""
-    store = records.open(path)
-    told = {"workload": table.workload, "batch_size": table.batch_size, "nprocs": plan.nprocs}
-    with store.begin("strategies", told | {"rounds": plan.rounds, "seconds": plan.seconds}) as run:
-        for row in table.rows:
-            samples = [
-                records.Sample(b.round, b.order, i, float(s), b.phase)
-                for phase in ("warmup", "measure")
-                for b in (found.samples.of(row.name, phase) if row.step is not None else [])
-                for i, s in enumerate(b.step_s)
-            ]  # fmt: skip
-            run.add(row.name, row.values(), samples, status="done" if row.step else "not timed")
-    store.close()
-    return dataclasses.replace(table, run_id=run.id)
 
 
 def _short(error: Exception) -> str:

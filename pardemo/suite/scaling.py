@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from pardemo.measure import Case, Comparison, Ratio, Timing, compare
 from pardemo.workloads import Workload
 from pardemo.workloads import workload as find_workload
 
-from . import inside
+from . import inside, keep
+from .run import every_fourth
 from .table import ALL, ONE
 
 Kind = Literal["strong", "weak"]
@@ -131,7 +131,7 @@ def scale(
     ):
         found = compare(
             cases, ranks=r, rounds=rounds, budget_s=seconds,
-            progress=lambda done, most, text: say(f"round {done} of at most {most}: {text}"),
+            progress=every_fourth(say),
         )  # fmt: skip
     points = tuple(
         _point(name, case, found, here.devices, strategy) for name, case in cases.items()
@@ -139,7 +139,8 @@ def scale(
     result = Scaling(kind, strategy, f"{work.name}, batch {size}", points, tuple(skipped))
     if record:
         told = {"workload": work.name, "strategy": strategy, "kind": kind, "batch_size": size}
-        _record(result, found, cases, told, Path(record))
+        rows = ((name, _values(point)) for name, point in zip(cases, points, strict=True))
+        keep.record(record, "scaling", told, found, rows)
     return result
 
 
@@ -170,28 +171,11 @@ def _point(name: str, case: Case, found: Comparison, devices: int, strategy: str
     )  # fmt: skip
 
 
-def _record(
-    result: Scaling,
-    found: Comparison,
-    cases: dict[str, Case],
-    told: dict[str, Any],
-    path: Path,
-) -> None:
-    store = records.open(path)
-    with store.begin("scaling", told) as run:
-        for name, point in zip(cases, result.points, strict=True):
-            samples = [
-                records.Sample(b.round, b.order, i, float(s), b.phase)
-                for phase in ("warmup", "measure")
-                for b in found.samples.of(name, phase)
-                for i, s in enumerate(b.step_s)
-            ]
-            values: dict[str, Any] = {
-                key: value
-                for key, value in dataclasses.asdict(point).items()
-                if isinstance(value, str | int | float | bool)
-            }
-            values |= {"step_s": point.step.median_s, "status": point.step.status}
-            values |= {"speedup": point.speedup, "warnings": list(point.step.warnings)}
-            run.add(name, values, samples)
-    store.close()
+def _values(point: Point) -> dict[str, Any]:
+    """What is recorded of a point, besides its samples."""
+    return {
+        "strategy": point.name, "ranks": point.ranks, "threads": point.threads,
+        "batch_size": point.batch_size, "oversubscribed": point.oversubscribed,
+        "step_s": point.step.median_s, "status": point.step.status, "speedup": point.speedup,
+        "warnings": list(point.step.warnings),
+    }  # fmt: skip
