@@ -208,7 +208,9 @@ def find_ties(
             continue
         members = tuple(axis.ranks[rank] for rank in sorted(who))
         if members not in groups:
-            groups[members] = dist.new_group(list(members), use_local_synchronization=True)
+            groups[members] = dist.new_group(
+                list(members), use_local_synchronization=True, group_desc="tie"
+            )
         ties.append(Tie(sorted(who), slots[key], groups[members]))
     return ties
 
