@@ -19,9 +19,11 @@ from __future__ import annotations
 from pardemo.measure.anatomy import Anatomy, Share, decompose
 from pardemo.measure.calibrate import calibrate
 from pardemo.measure.collectives import Measured, sweep
+from pardemo.measure.diagnose import Diagnosis, Finding, diagnose
 from pardemo.measure.flops import Flops, Peak, Utilization, count_flops, peak_flops
 from pardemo.measure.inside import Case
 from pardemo.measure.memory import MemoryReport, weigh
+from pardemo.measure.observe import Run, observe
 from pardemo.measure.quiet import quiet
 from pardemo.measure.rounds import Comparison, compare
 from pardemo.measure.samples import Samples
@@ -35,6 +37,8 @@ __all__ = [
     "Case",
     "Comparison",
     "Counting",
+    "Diagnosis",
+    "Finding",
     "Flops",
     "Flow",
     "Measured",
@@ -42,6 +46,7 @@ __all__ = [
     "NothingFound",
     "Peak",
     "Ratio",
+    "Run",
     "Samples",
     "Share",
     "Span",
@@ -54,6 +59,8 @@ __all__ = [
     "count",
     "count_flops",
     "decompose",
+    "diagnose",
+    "observe",
     "peak_flops",
     "quiet",
     "sweep",

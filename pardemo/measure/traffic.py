@@ -95,27 +95,31 @@ class Counting(TorchDispatchMode):
 
     The phase of a collective is "backward" while autograd runs a graph, "optimizer" inside
     Optimizer.step, else "forward". A point-to-point outside of autograd takes the phase of the
-    work beside it: a send that of the last operator, a receive that of the next.
+    work beside it: a send that of the last operator, a receive that of the next. `watch` is a
+    PhaseWatch that is open already, for those who enter from one of its hooks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: PhaseWatch | None = None) -> None:
         super().__init__()
         self._calls: list[tuple[volumes.Call, Phase]] = []
         self._waiting: list[int] = []  # receives whose phase the next operator will tell
         self._last: Phase = "forward"
-        self._watch = PhaseWatch(after=self._new_step)
+        self._own_watch = watch is None
+        self._watch = watch or PhaseWatch(after=self._new_step)
 
     def _new_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._last = "forward"
 
     def __enter__(self) -> Counting:
-        self._watch.open()
+        if self._own_watch:
+            self._watch.open()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._watch.close()
+        if self._own_watch:
+            self._watch.close()
         self._settle("forward")
 
     def __torch_dispatch__(
