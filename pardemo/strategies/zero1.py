@@ -91,7 +91,7 @@ def build(
             device_ids=[device.index] if device.type == "cuda" else None,
             process_group=place.group,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # batch norm is synchronised, so they cannot differ
+            forward_sync_buffers=False,  # batch norm is synchronised: they cannot differ
             find_unused_parameters=find_unused_parameters,
         )
         optimizer = ZeroRedundancyOptimizer(
