@@ -13,6 +13,7 @@ def add_parsers(verbs: Any) -> None:
     _nodes(verbs)
     _run_verb(verbs)
     _cluster(verbs)
+    _doctor(verbs)
 
 
 def _nodes(verbs: Any) -> None:
@@ -165,3 +166,37 @@ def _template(arguments: argparse.Namespace) -> int:
     given["program"] = tuple(given["program"])
     print(template(arguments.kind, Plan(**given)), end="")
     return 0
+
+
+def _doctor(verbs: Any) -> None:
+    doctor = verbs.add_parser("doctor", help="can these nodes train together? findings, remedies")
+    doctor.add_argument(
+        "--nodes", nargs="+", default=[], metavar="HOST:PORT",
+        help="all nodes; run the same command on each of them",
+    )  # fmt: skip
+    doctor.add_argument("--this", type=int, help="which of them this one is; else by its addresses")
+    doctor.add_argument("--timeout-s", type=float, default=30.0, help="wait for the others")
+    doctor.add_argument("--no-pairs", action="store_true", help="without the 2-rank all-reduces")
+    doctor.set_defaults(run=_examine)
+
+
+def _examine(arguments: argparse.Namespace) -> int:
+    from pardemo.cluster import doctor, reach
+    from pardemo.parameters import Refused
+
+    nodes = [reach.parse(text) for text in arguments.nodes]
+    if arguments.this is not None and not 0 <= arguments.this < len(nodes):
+        raise Refused(f"--this is 0 to {len(nodes) - 1}, not {arguments.this}")
+    if nodes:
+        found = reach.examine(nodes, arguments.this, arguments.timeout_s, not arguments.no_pairs)
+    else:
+        found = iter(doctor.here())
+    levels = []
+    for finding in found:
+        print(finding, flush=True)
+        levels.append(finding.level)
+    failed, warned = levels.count(doctor.FAIL), levels.count(doctor.WARN)
+    what = "these nodes" if nodes else "this machine"
+    verdict = f"{what} cannot train together as it is" if failed else f"{what} can train"
+    print(f"{verdict}: {failed} failures, {warned} warnings, {levels.count(doctor.OK)} ok")
+    return 1 if failed else 0

@@ -1,0 +1,140 @@
+"""A real Slurm for one test run: two slurmd on one machine, on loopback, in a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+CONFIG = """
+ClusterName=pardemo
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={root}/sock/s,cred_expire=10
+CredType=cred/munge
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool.%n
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd.%n.pid
+SlurmctldLogFile={root}/log/slurmctld.log
+SlurmdLogFile={root}/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+SlurmdParameters=config_overrides
+SlurmctldTimeout=10
+SlurmdTimeout=10
+KillWait=5
+InactiveLimit=0
+Waittime=0
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=2 RealMemory=1000
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=2 RealMemory=1000
+PartitionName=main Nodes=n[1-2] Default=YES MaxTime=60 State=UP
+"""
+
+
+class Slurm:
+    """munged, slurmctld and two slurmd of this user; `stop` ends them and what they started."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, user = root, os.environ.get("USER") or "root"
+        for name in ("munge", "sock", "state", "log", "spool.n1", "spool.n2"):
+            (root / name).mkdir(mode=0o755 if name == "sock" else 0o700)
+        root.chmod(0o755)
+        key = root / "munge" / "key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o600)
+        ports = [_free_port() for _ in range(3)]
+        self.config = root / "slurm.conf"
+        self.config.write_text(
+            CONFIG.format(
+                host=socket.gethostname().split(".")[0], user=user, root=root,
+                port=ports[0], port1=ports[1], port2=ports[2],
+            )
+        )  # fmt: skip
+        self.env = {**os.environ, "SLURM_CONF": str(self.config)}
+        self.processes: list[subprocess.Popen[bytes]] = []
+        where = root / "munge"
+        self._start(
+            "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={root}/sock/s",
+            f"--pid-file={where}/pid", f"--log-file={where}/log", f"--seed-file={where}/seed",
+        )  # fmt: skip
+        time.sleep(1.0)
+        self._start("slurmctld", "-D", "-f", str(self.config))
+        for node in ("n1", "n2"):
+            self._start("slurmd", "-D", "-f", str(self.config), "-N", node)
+        self._wait_idle()
+
+    def _start(self, name: str, *arguments: str) -> None:
+        path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+        with (self.root / "log" / f"{name}.out").open("ab") as log:
+            self.processes.append(
+                subprocess.Popen(
+                    [name, *arguments], env={**self.env, "PATH": path}, stdout=log, stderr=log,
+                    stdin=subprocess.DEVNULL, start_new_session=True,
+                )
+            )  # fmt: skip
+
+    def run(self, *argv: str) -> str:
+        done = subprocess.run(argv, env=self.env, text=True, capture_output=True, timeout=30)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def _wait_idle(self) -> None:
+        said = ""
+        for _ in range(60):
+            done = subprocess.run(
+                ["sinfo", "-h", "-o", "%T %D"], env=self.env, text=True, capture_output=True
+            )
+            said = done.stdout + done.stderr
+            if done.stdout.strip() == "idle 2":
+                return
+            time.sleep(0.5)
+        self.stop()
+        logs = "".join(p.read_text()[-800:] for p in (self.root / "log").iterdir())
+        pytest.skip(f"Slurm is installed, but its nodes did not come up here: {said} {logs}")
+
+    def state(self, job: str) -> dict[str, str]:
+        return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", job)))
+
+    def wait(self, job: str, timeout: float = 120.0) -> dict[str, str]:
+        """The job's fields once it has ended, however."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            state = self.state(job)
+            if state["JobState"] not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"):
+                return state
+            time.sleep(0.5)
+        raise AssertionError(f"job {job} is still {self.state(job)['JobState']}")
+
+    def stop(self) -> None:
+        for process in reversed(self.processes):
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,168 @@
+"""The doctor is shown each illness in the lab, names it, and gives the remedy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pardemo.cluster import Nodes, doctor, reach
+from pardemo.parameters import Refused
+
+ROOT = Path(__file__).parents[2]
+DOCTOR = [sys.executable, "-m", "pardemo.cluster", "doctor"]
+BOTH = ["--nodes", "node0:29400", "node1:29400"]
+
+
+def examine(
+    lab: Nodes, *arguments: str, environment: list[dict[str, str]] | None = None,
+    alone: int | None = None, nodes: list[str] = BOTH,
+) -> list[tuple[int, str]]:  # fmt: skip
+    """Exit code and report of the doctor on both nodes at once, or on node `alone`."""
+    argv = [*DOCTOR, *nodes, *arguments]
+    which = range(len(lab)) if alone is None else [alone]
+    given = environment or [{}, {}]
+    started = [
+        lab.popen(n, argv, {"PYTHONPATH": str(ROOT), **given[n]}, text=True, stdout=subprocess.PIPE)
+        for n in which
+    ]
+    return [(p.wait(), out) for p in started for out in [p.communicate(timeout=120)[0]]]
+
+
+@pytest.fixture
+def hosts(lab: Nodes) -> Iterator[None]:
+    """The hosts files as they were, afterwards."""
+    before = [lab.run(node, ["cat", "/etc/hosts"]).stdout for node in range(2)]
+    yield
+    for node, text in enumerate(before):
+        lab.run(node, ["sh", "-c", f"printf '{text}' > /etc/hosts"])
+
+
+def test_healthy_nodes_all_reduce_and_may_train(lab: Nodes) -> None:
+    reports = examine(lab)
+    for (code, text), other in zip(reports, ("node1", "node0"), strict=True):
+        assert code == 0, text
+        assert f"ok    all-reduce with {other}:29400: 4.2 MB in" in text
+        assert f"{other} has the same versions; clocks agree" in text
+        assert "these nodes can train: 0 failures" in text
+
+
+def test_a_name_that_resolves_to_loopback_is_found(lab: Nodes, hosts: None) -> None:
+    wrong = "127.0.1.1 node0\\n10.77.0.2 node1\\n"
+    lab.run(0, ["sh", "-c", f"printf '{wrong}' > /etc/hosts"])
+    ((code, text),) = examine(lab, "--this", "0", alone=0)
+    assert code == 1
+    assert "FAIL  node0 resolves to 127.0.1.1 here: other nodes cannot reach that" in text
+    assert "-> correct /etc/hosts on this node" in text
+
+
+def test_gloo_on_the_wrong_interface_is_found_by_the_all_reduce(lab: Nodes) -> None:
+    wrong = {"GLOO_SOCKET_IFNAME": "lo"}
+    reports = examine(lab, "--timeout-s", "8", environment=[wrong, wrong])
+    assert any("FAIL  all-reduce with" in text for _, text in reports)
+    assert "-> set GLOO_SOCKET_IFNAME (one of eth0)" in "".join(text for _, text in reports)
+    assert 1 in [code for code, _ in reports]
+
+
+def test_an_interface_that_is_not_there_is_found(lab: Nodes) -> None:
+    environment = [{"GLOO_SOCKET_IFNAME": "ib0"}] * 2
+    ((code, text),) = examine(lab, alone=0, nodes=[], environment=environment)
+    assert code == 1
+    assert "FAIL  GLOO_SOCKET_IFNAME=ib0, but no interface of that name is up" in text
+    assert "-> there are: lo, eth0" in text
+
+
+def test_a_port_in_use_is_found_with_its_holder(lab: Nodes) -> None:
+    listen = (
+        "import socket, time; s = socket.create_server(('', 29400)); print('on', flush=True); "
+        "time.sleep(99)"
+    )
+    held = lab.popen(1, [sys.executable, "-c", listen], stdout=subprocess.PIPE, text=True)
+    assert held.stdout is not None
+    assert held.stdout.readline() == "on\n"
+    ((code, text),) = examine(lab, alone=1)
+    held.kill()
+    held.wait()
+    assert code == 1
+    assert "FAIL  port 29400 is in use by process" in text
+    assert "(python" in text
+
+
+def test_a_firewall_that_drops_is_told_from_a_node_that_is_not_ready(lab: Nodes) -> None:
+    rule = ["ipproto", "tcp", "sport", "29400", "blackhole"]
+    assert lab.run(1, ["ip", "rule", "add", *rule]).returncode == 0
+    reports = examine(lab, "--timeout-s", "6", "--no-pairs")
+    lab.run(1, ["ip", "rule", "del", *rule])
+    assert "FAIL  node1:29400 (10.77.0.2) does not answer: packets are dropped" in reports[0][1]
+    assert "-> a firewall drops them" in reports[0][1]
+    ((code, text),) = examine(lab, "--timeout-s", "2", alone=0)
+    assert code == 1
+    assert "FAIL  node1:29400 (10.77.0.2) refuses: nobody listens there for 2 s" in text
+    assert "-> run the same command there at the same time" in text
+
+
+def test_a_pulled_cable_is_found(lab: Nodes) -> None:
+    lab.plug(1, False)
+    ((code, text),) = examine(lab, "--timeout-s", "5", alone=0)
+    lab.plug(1, True)
+    assert code == 1
+    assert "there is no way to node1:29400" in text or "does not answer" in text
+
+
+def test_an_address_of_another_machine_is_refused_with_the_own_ones(lab: Nodes) -> None:
+    wrong = ["--nodes", "10.77.0.9:29400", "node1:29400"]
+    ((code, text),) = examine(lab, alone=0, nodes=wrong)
+    assert code == 1
+    assert "none of 10.77.0.9:29400, node1:29400 is an address of this machine" in text
+    assert "10.77.0.1" in text
+
+
+def test_small_memory_and_few_files_are_found(lab_possible: None) -> None:
+    with Nodes(1, shm_bytes=32 << 20) as small:
+        script = 'ulimit -n 256; exec "$0" "$@"'
+        done = small.run(0, ["sh", "-c", script, *DOCTOR], env={"PYTHONPATH": str(ROOT)})
+    assert "WARN  /dev/shm has 34 MB" in done.stdout
+    assert "--shm-size" in done.stdout
+    assert "WARN  a process may open 256 files" in done.stdout
+    assert done.returncode == 0
+
+
+FACTS = {"host": "n1", "python": "3.11.7", "torch": "2.13.0", "nccl": "", "gpus": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "clock_s", "level", "words"),
+    [
+        ({"torch": "2.12.0"}, 0.0, "FAIL", "torch is 2.13.0 here and 2.12.0 on n1"),
+        ({"nccl": "2.27.3"}, 0.0, "FAIL", "nccl is  here and 2.27.3 on n1"),
+        ({"python": "3.12.1"}, 0.0, "WARN", "Python is 3.11.7 here and 3.12.1"),
+        ({"gpus": 8}, 0.0, "WARN", "0 GPUs here and 8 on n1"),
+        ({}, -90.0, "WARN", "clock of n1 is -90.0 s away"),
+        ({"python": "3.11.9"}, 0.1, "ok", "same versions"),
+    ],
+)
+def test_what_differs_between_nodes_is_said(
+    change: dict[str, object], clock_s: float, level: str, words: str
+) -> None:
+    (finding,) = doctor.compare(FACTS, {**FACTS, **change}, clock_s)
+    assert finding.level == level
+    assert words in finding.text
+    assert (level == "ok") == (finding.remedy == "")
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
+def test_every_pair_meets_once_and_no_node_is_in_two_pairs_at_a_time(count: int) -> None:
+    made = reach.rounds(count)
+    pairs = [pair for one in made for pair in one]
+    assert sorted(pairs) == [(a, b) for a in range(count) for b in range(a + 1, count)]
+    for one in made:
+        assert len({node for pair in one for node in pair}) == 2 * len(one)
+
+
+@pytest.mark.parametrize("bad", ["node0", "node0:", ":29400", "node0:80", "node0:x", "node0:99999"])
+def test_a_node_is_a_host_and_a_port(bad: str) -> None:
+    with pytest.raises(Refused, match="host:port"):
+        reach.parse(bad)
