@@ -1,4 +1,4 @@
-"""Checks of lesson 06: the bubble, how many microbatches, and the order of one forward, one back."""
+"""Checks of lesson 06: the bubble, how many microbatches, one forward and one backward in turn."""
 
 from __future__ import annotations
 
