@@ -56,6 +56,7 @@ class Server:
     url: str
     token: str
     root: Path
+    pid: int
 
     def page(self, notebook: str) -> str:
         """The address of one notebook in a workspace of its own."""
@@ -87,7 +88,7 @@ def server(root: Path) -> Iterator[Server]:
             command, env=lab.environment(settings), cwd=root, stdout=log, stderr=log
         )
         try:
-            found = Server(f"http://127.0.0.1:{port}", token, root)
+            found = Server(f"http://127.0.0.1:{port}", token, root, process.pid)
             _wait_for(found, process)
             yield found
         finally:
