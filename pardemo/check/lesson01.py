@@ -14,7 +14,7 @@ def last_counts(answer: Callable[[int, int], list[int]]) -> str:
         demand(
             answer(ranks, calls),
             [1 + rank for rank in range(ranks)],
-            f"{ranks} ranks, {calls} calls: the kernel's counter stays 0 and travels each time.",
+            f"n={ranks}, calls={calls}: the kernel's counter stays 0 and travels each time.",
         )
     return "each call begins with the kernel's value"
 
