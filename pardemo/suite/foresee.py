@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pardemo import predict
 from pardemo.launch import Ranks
-from pardemo.measure import Case, compare
-from pardemo.predict import Prediction, Profile, ProfileError
+from pardemo.measure import Case, calibrate, compare
+from pardemo.predict import Prediction, Profile, ProfileError, load
 from pardemo.strategies.base import call, to_device
 from pardemo.workloads import Workload
 
@@ -74,6 +74,16 @@ def measure_parts(scene: Scene, names: Sequence[str], ranks: Ranks, budget_s: fl
     return Parts(
         {size: found[f"{size} samples"].median_s for size in sizes}, found["optimizer"].median_s
     )
+
+
+def known_machine(profile: Profile | str | None, ranks: Ranks) -> Profile:
+    """The given machine profile, or a new one: collectives of this many ranks, and of pairs."""
+    if isinstance(profile, Profile):
+        return profile
+    if profile is not None:
+        return load(profile)
+    sizes = sorted({2, ranks.setup.nprocs})
+    return load(calibrate(ranks=ranks, world_sizes=sizes, budget_s=10.0))
 
 
 def share(scene: Scene, name: str) -> int:

@@ -12,8 +12,8 @@ from typing import Any
 from pardemo import check, records, strategies
 from pardemo.launch import RankFailed, Ranks
 from pardemo.machine import Machine, machine
-from pardemo.measure import Case, Comparison, calibrate, compare, decompose
-from pardemo.predict import Prediction, Profile, load
+from pardemo.measure import Case, Comparison, compare, decompose
+from pardemo.predict import Prediction, Profile
 from pardemo.strategies import StrategyError
 from pardemo.workloads import Workload
 from pardemo.workloads import workload as find_workload
@@ -143,8 +143,8 @@ def _run(
         return table
     told = {"workload": table.workload, "batch_size": table.batch_size, "nprocs": plan.nprocs,
             "rounds": plan.rounds, "seconds": plan.seconds}  # fmt: skip
-    rows = ((row.name, row.values()) for row in table.rows)
-    return dataclasses.replace(table, run_id=keep.record(record, "strategies", told, found, rows))
+    values = ((row.name, row.values()) for row in table.rows)
+    return dataclasses.replace(table, run_id=keep.record(record, "strategies", told, found, values))
 
 
 def every_fourth(say: Say) -> Callable[[int, int, str], None]:
@@ -235,7 +235,7 @@ def _predict(
     if not over_ranks:
         return []
     plan.say("calibrating collectives, and parts of the step alone")
-    known = _profile(profile, ranks)
+    known = foresee.known_machine(profile, ranks)
     names = [c.name for c in over_ranks]
     parts = foresee.measure_parts(plan.scene, names, ranks, plan.seconds / 3)
     plan.say(repr(parts))
@@ -252,16 +252,6 @@ def _predict(
         else:
             notes.append(found)
     return notes
-
-
-def _profile(profile: Profile | str | None, ranks: Ranks) -> Profile:
-    """The given machine profile, or a new one: collectives of this many ranks, and of pairs."""
-    if isinstance(profile, Profile):
-        return profile
-    if profile is not None:
-        return load(profile)
-    sizes = sorted({2, ranks.setup.nprocs})
-    return load(calibrate(ranks=ranks, world_sizes=sizes, budget_s=10.0))
 
 
 def _take_apart(plan: Plan, candidate: _Candidate, ranks: Ranks) -> list[str]:
