@@ -22,6 +22,7 @@ from . import foresee, forms, inside, keep
 from .table import ALL, ONE, Row, Table
 
 Say = Callable[[str], None]
+WAIT_S = 60.0  # for another timing to end, before this one is refused
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def run(
         say,
     )
     with (
-        records.timing_lock(f"{work.name}, batch {size}"),
+        records.timing_lock(f"{work.name}, batch {size}", WAIT_S),
         Ranks(plan.nprocs, timeout=max(120.0, 3 * seconds), echo=False) as ranks,
     ):
         return _run(plan, strategies, ranks, profile, anatomy, record)

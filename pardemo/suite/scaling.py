@@ -15,7 +15,7 @@ from pardemo.workloads import Workload
 from pardemo.workloads import workload as find_workload
 
 from . import inside, keep
-from .run import every_fourth
+from .run import WAIT_S, every_fourth
 from .table import ALL, ONE
 
 Kind = Literal["strong", "weak"]
@@ -126,7 +126,7 @@ def scale(
     for name, threads in ((ONE, 1), *(() if here.gpus else ((ALL, here.cores),))):
         cases[name] = Case(inside.Maker("single", work, size), ranks=1, threads=threads, label=name)
     with (
-        records.timing_lock(f"{kind} scaling of {strategy}"),
+        records.timing_lock(f"{kind} scaling of {strategy}", WAIT_S),
         Ranks(max(c.ranks for c in cases.values()), timeout=max(120, 4 * seconds), echo=False) as r,
     ):
         found = compare(
