@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments) or 0)
     except KeyboardInterrupt:
-        print("stopped; `pardemo bench` with the same sweep goes on where it was", file=sys.stderr)
+        again = "; the same sweep goes on where it was" if arguments.verb == "bench" else ""
+        print(f"stopped{again}", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError) as error:
         if arguments.debug:

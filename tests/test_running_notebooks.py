@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import psutil
 import pytest
 
 from pardemo import notebooks
@@ -142,3 +150,37 @@ def test_an_endless_cell_ends_at_the_timeout(folder: Path) -> None:
     path = write(folder, "small", "import time\ntime.sleep(600)")
     with pytest.raises(NotebookFailed, match="took too long"):
         notebooks.execute(path, timeout_s=3)
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+from pardemo import notebooks
+notebooks.execute(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_when_the_runner_is_stopped_its_kernel_ends_too(
+    folder: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    note = tmp_path / "kernel"
+    path = write(
+        folder, "small", f"import os; open({str(note)!r}, 'w').write(str(os.getpid()))",
+        "import time; time.sleep(600)",
+    )  # fmt: skip
+    runner = subprocess.Popen([sys.executable, "-c", STOPPED, path], stderr=subprocess.DEVNULL)
+    kernel = int(wait_for(lambda: note.exists() and note.read_text()))
+    os.kill(runner.pid, number)
+    runner.wait(timeout=60)
+    assert wait_for(lambda: not psutil.pid_exists(kernel)), "the kernel is still there"
+
+
+def wait_for(found: Callable[[], object], seconds: float = 60.0) -> Any:
+    """What `found()` returns as soon as that is true."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if value := found():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds:g} s")
