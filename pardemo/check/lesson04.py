@@ -37,7 +37,8 @@ def bucket_sizes(answer: Callable[[Sequence[int], int, int], Sequence[int]]) -> 
         ([2, 2], 4, 8),
     )
     for sizes, first, cap in cases:
-        expected, filled = [], 0
+        expected: list[int] = []
+        filled = 0
         for size in sizes:
             filled += size
             if filled >= (cap if expected else first):
@@ -55,13 +56,18 @@ def bucket_sizes(answer: Callable[[Sequence[int], int, int], Sequence[int]]) -> 
 @verdict
 def orders(answer: Callable[[Any, int], Sequence[Sequence[int]]]) -> str:
     """`answer(sampler, epochs)`: one order per epoch, each that of set_epoch(epoch)."""
-    found = answer(DistributedSampler(range(20), num_replicas=2, rank=1, seed=3), 3)
+    found = answer(_sampler(), 3)
     if len(found) != 3:
         raise NotYet(f"{len(found)} epochs", "3 epochs", "One order for each epoch.")
     if list(found[0]) == list(found[1]):
         raise NotYet("the same order twice", "another order in each epoch", "Tell the sampler.")
     for epoch, order in enumerate(found):
-        reference = DistributedSampler(range(20), num_replicas=2, rank=1, seed=3)
+        reference = _sampler()
         reference.set_epoch(epoch)
         demand(list(order), list(reference), f"Epoch {epoch} begins with set_epoch({epoch}).")
     return "seed and epoch decide the order, on every rank alike"
+
+
+def _sampler() -> DistributedSampler[Any]:
+    """Rank 1 of 2 over 20 samples; the sampler only asks its data for their number."""
+    return DistributedSampler(range(20), num_replicas=2, rank=1, seed=3)  # type: ignore[arg-type]

@@ -46,7 +46,7 @@ class DataParallel(base.Step):
             value = self.loss(output, targets)
         with self.phases.phase("backward"):
             value.backward()  # sums (n-1) * P gradients on the root
-        self.phases.bytes["reduce"] = (self.devices - 1) * sum(
+        self.phases.bytes["reduce"] = (self.phases.replicas - 1) * sum(
             p.grad.numel() * p.grad.element_size()
             for p in self.plain.parameters()
             if p.grad is not None

@@ -27,6 +27,7 @@ class Phases:
 
     def __init__(self, device: torch.device, timed: bool) -> None:
         self.device, self.timed = device, timed
+        self.replicas = 1  # how many the last batch was dealt to
         self.seconds: dict[str, float] = {}
         self.bytes: dict[str, int] = {}
 
@@ -75,6 +76,7 @@ class GpuReplicas(nn.DataParallel):
         """Copy the module to every GPU."""
         with self.phases.phase("replicate"):
             replicas = super().replicate(*args)
+        self.phases.replicas = len(replicas)
         self.phases.bytes["replicate"] = (len(replicas) - 1) * model_bytes(self.module)
         return replicas
 
@@ -105,6 +107,7 @@ class ThreadReplicas(nn.Module):
         self.phases.count("scatter", parts)
         with self.phases.phase("replicate"):
             copies = replicate(self.module, len(parts))
+        self.phases.replicas = len(parts)
         self.phases.bytes["replicate"] = (len(parts) - 1) * model_bytes(self.module)
         if self.meeting is not None:
             self.meeting.open(len(parts))

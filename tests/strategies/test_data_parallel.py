@@ -57,6 +57,13 @@ def test_every_phase_is_timed_and_its_bytes_are_those_of_the_formula() -> None:
     }
 
 
+def test_a_batch_that_leaves_a_device_without_work_copies_to_one_replica_less() -> None:
+    step, work = build(devices=4)
+    step.step(work.make_batch(5, 0, 0))  # dealt 2, 2, 1
+    parameters = sum(p.numel() for p in step.model.parameters())
+    assert step.phases.bytes["replicate"] == step.phases.bytes["reduce"] == 2 * 4 * parameters
+
+
 def test_frozen_parameters_are_copied_but_send_no_gradient() -> None:
     step, work = build(devices=2)
     step.plain.layers[0].requires_grad_(False)

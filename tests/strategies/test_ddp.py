@@ -60,6 +60,14 @@ def test_four_ranks_with_parts_of_unequal_size_equal_one_process(ranks4: Ranks) 
         assert said, said
 
 
+def test_three_ranks_equal_one_process_too_whichever_way_the_model_is_spread() -> None:
+    with Ranks(3, timeout=120) as ranks:
+        for name in ("ddp", "model_parallel"):
+            for work in (unusual.mini_gpt(), workload("resnet-mini")):
+                said = check.strategy(name, work, 3, batch_size=[8, 7], ranks=ranks)
+                assert said, said
+
+
 def test_a_branch_without_gradients_needs_find_unused_parameters(ranks2: Ranks) -> None:
     work = unusual.branching()
     assert check.strategy("ddp", work, 2, batch_size=8, ranks=ranks2, find_unused_parameters=True)
