@@ -109,6 +109,10 @@ def _uneven(run: Run) -> Finding | None:
     lost = float(own[slow] - others)
     seen = f"rank {slow} works {milliseconds(float(own[slow]))} per step, the others "
     seen += f"{milliseconds(others)}, and they wait for it"
+    queued = run.median("queued_s")
+    pushed = float(queued[slow] - np.median(np.delete(queued, slow)))
+    if pushed > 0.3 * lost:
+        seen += f"; {milliseconds(pushed)} of that it was ready and had no core: others run there"
     if _has_point_to_point(run):
         return Finding(
             "imbalanced pipeline",
@@ -187,7 +191,9 @@ def _one_bucket(run: Run) -> Finding | None:
 def _tiny_batch(run: Run) -> Finding | None:
     own, transfer = float(run.median("own_s").max()), _transfer(run)
     known = (_no_sync, _tiny_buckets)
-    if transfer < 0.7 * own or transfer < 0.3 * run.step_s or any(check(run) for check in known):
+    if transfer < 0.5 * own or transfer < 0.25 * run.step_s or any(check(run) for check in known):
+        return None
+    if _has_point_to_point(run):  # its waiting is a bubble, and more samples are not the remedy
         return None
     samples = run.records[0].samples
     return Finding(

@@ -53,7 +53,8 @@ class Run:
     def __repr__(self) -> str:
         lines = [
             f"{self.name}: {milliseconds(self.step_s)} per step, {len(self.records)} ranks x "
-            f"{self.records[0].threads} threads on {self.cores} cores"
+            f"{self.records[0].threads} thread{'s' * (self.records[0].threads > 1)} on "
+            f"{self.cores} devices"
         ]
         for rank, record in enumerate(self.records):
             own, moved, data = (
@@ -72,15 +73,19 @@ def observe(
     nprocs: int = 2,
     threads: int = 1,
     timeout: float = 120.0,
+    echo: bool = True,
     **kwargs: Any,
 ) -> Run:
     """Run `train(*args, **kwargs)` on `nprocs` ranks and watch it: steps, waits, bytes, wrappers.
 
     `train` is a plain training function: a loop that ends its steps with optimizer.step(). At
-    least 6 steps are wanted; two are left out as warm-up and one is used to count bytes.
+    least 6 steps are wanted; two are left out as warm-up and one is used to count bytes. `echo`
+    prints what the ranks print.
     """
     here, before = machine(), look()
-    results = launch(_watched, train, args, kwargs, nprocs=nprocs, threads=threads, timeout=timeout)
+    results = launch(
+        _watched, train, args, kwargs, nprocs=nprocs, threads=threads, timeout=timeout, echo=echo
+    )
     own = sum(cpu for _, cpu in results)
     wanted = min(nprocs * threads, here.cores)
     load = reasons(before, look(), own, wanted, here.cores)
