@@ -74,7 +74,7 @@ def run(
     rounds: int = 8,
     seconds: float = 60.0,
     check_steps: int = 2,
-    limit_s: float = 270.0,
+    limit_s: float = 230.0,
     profile: Profile | str | None = None,
     anatomy: bool = True,
     record: str | Path | None = None,
