@@ -13,8 +13,8 @@ Idle       (p-1)/(m+p-1) of the step for gpipe and 1f1b; (p-1)/(v m) of the idea
 Papers     Huang 2019 (GPipe); Narayanan 2019 and 2021 (1F1B, interleaved); Qi 2023 and 2024 (zero
            bubble, ZBV); Lamy-Poirier 2023 (looped BFS); DeepSeek-V3 2024 (DualPipeV is its fold).
 
-A BatchNorm sees microbatches instead of the batch, so training differs; it is refused unless there
-is one microbatch, or `batchnorm="per_microbatch"` accepts the difference.
+A BatchNorm sees microbatches instead of the batch, so training differs. A model with one gets a
+single microbatch (gpipe) by default; more are refused unless batchnorm="per_microbatch" accepts it.
 """
 
 from __future__ import annotations

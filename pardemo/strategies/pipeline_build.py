@@ -35,18 +35,8 @@ def build(
 
     `prepare(stage)` slices each stage over further axes. One stage is the whole model: no pipeline.
     """
-    replicas = base.axis(mesh, "dp").size
     ranks = base.axis(mesh, "pp").size
-    plan = Plan.for_model(
-        model,
-        schedule,
-        microbatches,
-        virtual,
-        cut,
-        balance,
-        batchnorm,
-        replicas if ranks > 1 else 1,
-    )
+    plan = Plan.for_model(model, schedule, microbatches, virtual, cut, balance, batchnorm)
     if ranks == 1:
         return Whole(model, make_optimizer, loss, mesh, clip_grad, prepare)
     return Pipeline(model, make_optimizer, loss, mesh, plan, clip_grad, prepare)

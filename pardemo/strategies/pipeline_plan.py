@@ -61,7 +61,7 @@ class Plan:
     @classmethod
     def for_model(
         cls, model: nn.Module, schedule: str | None, microbatches: int | None, virtual: int | None,
-        cut: Sequence[str] | None, balance: str | Sequence[float], batchnorm: str, replicas: int,
+        cut: Sequence[str] | None, balance: str | Sequence[float], batchnorm: str,
     ) -> Plan:  # fmt: skip
         """The plan these knobs make for `model`; BatchNorm over parts of a batch is refused."""
         if batchnorm not in ("refuse", "per_microbatch"):
@@ -72,11 +72,11 @@ class Plan:
             raise base.StrategyError(f'balance is "parameters" or "measured", not {balance!r}')
         if batchnorm == "refuse" and (norm := batch_norm(model)):
             schedule, microbatches = schedule or "gpipe", microbatches or 1
-            if microbatches * replicas > 1:
+            if microbatches > 1:
                 raise base.StrategyError(
-                    f"{norm} is a BatchNorm: it would see 1/{microbatches * replicas} of the batch "
-                    "at a time, so training would not equal one process. Use microbatches=1 and "
-                    'one replica, or accept the difference with batchnorm="per_microbatch".'
+                    f"{norm} is a BatchNorm: it would see 1/{microbatches} of the batch "
+                    "at a time, so training would not equal one process. Use microbatches=1, "
+                    'or accept the difference with batchnorm="per_microbatch".'
                 )
         plan = cls(schedule or "1f1b", microbatches, virtual, cut, balance)
         plan.stages_per_rank()

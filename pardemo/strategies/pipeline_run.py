@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 
-from pardemo.strategies import base, parts, pipeline_split, pipeline_trace
+from pardemo.strategies import base, batchnorm, parts, pipeline_split, pipeline_trace
 from pardemo.strategies.pipeline_plan import ONE_STAGE, SCHEDULES, Plan
 
 Prepare = Callable[[nn.Module], Any]
@@ -142,6 +142,11 @@ class Pipeline(base.Step):
     def _cut(self, micro: tuple[Any, ...]) -> None:
         """Cut a model that could not be cut before a microbatch was seen."""
         if not pipeline_split.is_sequence(self.model):
+            if self.replicas.size > 1 and batchnorm.has_batchnorm(self.model):
+                raise base.StrategyError(
+                    f"{self.title} is traced, so its BatchNorm cannot look at all "
+                    f"{self.replicas.size} pipelines: give the model `sequence()`"
+                )
             stages = pipeline_trace.traced(self.model, self.stages, self.plan.cut, micro)
             self._keep(stages)
             self.traced_for = _shapes(micro)
@@ -160,6 +165,8 @@ class Pipeline(base.Step):
         idle = {k: slot for k, slot in parts.slots(self.model).items() if k not in used}
         self.held = parts.slots(self.model, [stages[i] for i in mine]) | idle
         self.ties = find_ties(stages, owners, self.held, self.axis)
+        for i in mine:  # a BatchNorm sees its whole microbatch, over all pipelines
+            stages[i] = batchnorm.synchronise(stages[i], self.replicas.group, self.device)
         self.mine = {i: stages[i].to(self.device) for i in mine}
         self.model, self.whole = nn.ModuleDict({str(i): s for i, s in self.mine.items()}), False
         if self.prepare is not None:

@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from pardemo.strategies import base, parts
+from pardemo.strategies import base, batchnorm, parts
 
 
 class Whole(base.Step):
@@ -23,7 +23,7 @@ class Whole(base.Step):
 
     `slice_modules(model)` changes the model in place before the optimiser is made; `context()`
     surrounds forward and backward. `shards` says that FSDP holds the parameters: it then sums the
-    gradients over the replicas itself.
+    gradients over the replicas itself. A BatchNorm takes its statistics from all replicas.
     """
 
     def __init__(
@@ -36,9 +36,10 @@ class Whole(base.Step):
         self.device, self.loss, self.clip_grad = base.this_device(mesh), loss, clip_grad
         self.replicas, self.context, self.shards = base.axis(mesh, "dp"), context, shards
         parts.agree(model, mesh)
-        self.held = parts.slots(model)
+        self.model = batchnorm.synchronise(self.model, self.replicas.group, self.device)
+        self.held = parts.slots(self.model)
         if slice_modules is not None:
-            slice_modules(model)
+            slice_modules(self.model)
         self.optimizers = parts.optimizers(self.model.parameters(), make_optimizer)
 
     def step(self, batch: Any) -> torch.Tensor:
