@@ -27,6 +27,7 @@ _ABORTED = re.compile(r"gloo::EnforceNotMet.*?preamble\S* \S+ \S+ (\d+) vs (\d+)
 _SIZES = re.compile(r"gloo.*(preamble|EnforceNotMet|enforce fail)|Detected mismatch", re.DOTALL)
 _BARRIER = re.compile(r"Rank (\d+) failed to pass monitoredBarrier", re.IGNORECASE)
 _MESSAGE_CHARS = 300
+_RECORDED = 1000  # collectives that the flight recorder surely still has
 _EVEN = {"all_reduce", "allreduce", "broadcast", "all_gather", "reduce_scatter", "reduce"}
 
 
@@ -86,6 +87,18 @@ class Outcome:
         found: dict[str, dict[str, Any]] = (self.where or self.meta).get("collectives", {})
         return found
 
+    def calls_of(self, group: str) -> int | None:
+        """How many collectives of a group this rank has called; None if that is not known.
+
+        The recorder forgets its oldest entries, so a group it does not have may have been used.
+        """
+        if "collectives" not in (self.where or self.meta):
+            return None
+        if group in self.collectives:
+            return int(self.collectives[group]["seq"])
+        forgetful = sum(entry["seq"] for entry in self.collectives.values()) >= _RECORDED
+        return None if forgetful else 0
+
     @property
     def open_collectives(self) -> dict[str, dict[str, Any]]:
         """Those of them that had not completed."""
@@ -131,8 +144,8 @@ def is_left_alone(waiting: Outcome, returned: Sequence[Outcome]) -> bool:
     """Whether `waiting` is in a collective that a member which has returned never called."""
     for name, entry in waiting.open_collectives.items():
         for gone in returned:
-            called = gone.collectives.get(name, {"seq": 0})["seq"]
-            if gone.rank in entry["ranks"] and called < entry["seq"]:
+            called = gone.calls_of(name)
+            if gone.rank in entry["ranks"] and called is not None and called < entry["seq"]:
                 return True
     return False
 

@@ -83,7 +83,8 @@ class Follow:
         """Whether a rank waits in a collective that a rank that has returned never called."""
         if len(self.waiting) == len(self.outcomes):
             return False
-        self.ask(list(self.outcomes.values()), ASK_S)
+        asked = [o for o in self.outcomes.values() if "collectives" not in o.meta]
+        self.ask(asked, ASK_S)
         left = [o for o in self.outcomes.values() if o.kind == "returned"]
         return any(failure.is_left_alone(o, left) for o in self.waiting)
 
@@ -116,7 +117,7 @@ class Follow:
     def _await_answers(self, asked: list[Outcome], seconds: float) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if all(o.where or o.dump or o.kind != "waiting" for o in asked):
+            if all(o.where or o.dump or o.failed for o in asked):
                 break
             self.take(self.next(max(0.001, end - time.monotonic())))
 

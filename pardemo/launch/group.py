@@ -42,7 +42,7 @@ class Group:
     """
 
     def __init__(self, nprocs: int, start: str | Callable[[int], servers.Started]) -> None:
-        self.nprocs = nprocs
+        self.nprocs, self.owner = nprocs, os.getpid()
         if callable(start):
             self.started = start(nprocs)
         else:
@@ -87,6 +87,8 @@ class Group:
 
     def kill(self) -> None:
         """Kill all ranks and what they started; returns when they are gone and all is closed."""
+        if os.getpid() != self.owner:
+            return  # a fork of the kernel that ends must not end the kernel's ranks
         self.closing = True
         self._kill_known()
         self.started.stop()

@@ -90,7 +90,7 @@ class Rank:
 
     def _run(self, message: wire.Message) -> bool:
         """Run one call and send its value or its error; whether it returned."""
-        call, began = message.meta["call"], time.monotonic()
+        call = message.meta["call"]
         pickling.add_sources(message.meta["sources"])
         try:
             fn, args, kwargs = pickling.unpack(message.body)
@@ -101,14 +101,10 @@ class Rank:
         except BaseException as error:  # SystemExit and KeyboardInterrupt are failures too
             self._failed(error, call)
             return False
-        seen = inside.collectives() if message.meta["last"] else {}
         self._flush()
-        meta: dict[str, Any] = {
-            "call": call,
-            "at": returned,
-            "elapsed": returned - began,
-            "collectives": seen,
-        }
+        meta: dict[str, Any] = {"call": call, "at": returned}
+        if message.meta["last"]:  # nobody can ask this rank later
+            meta["collectives"] = inside.collectives()
         self.channel.send("returned", parts, **meta)
         return True
 

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +95,7 @@ class ForkServer:
         )
         theirs.close()
         self.ready = False
+        self._lock = threading.Lock()
         watch.close_in_children(self.sock)
 
     def alive(self) -> bool:
@@ -102,14 +104,13 @@ class ForkServer:
 
     def wait_ready(self) -> None:
         """Wait for its import of torch, the first time; may be interrupted and called again."""
-        if self.ready:
-            return
-        if self.sock.recv(16) != b"ready":
-            raise RuntimeError(
-                f"the fork server could not start (exit status {self.process.wait()}); "
-                "its message is above; start='spawn' does without it"
-            )
-        self.ready = True
+        with self._lock:
+            if not self.ready and self.sock.recv(16) != b"ready":
+                raise RuntimeError(
+                    f"the fork server could not start (exit status {self.process.wait()}); "
+                    "its message is above; start='spawn' does without it"
+                )
+            self.ready = True
 
     def start(self, nprocs: int) -> Started:
         """Fork `nprocs` ranks."""
@@ -146,6 +147,9 @@ def _end(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_WR)
 
 
+_starting = threading.Lock()  # two threads that launch at once share one fork server
+
+
 @functools.cache
 def _server_of(pid: int) -> list[ForkServer]:
     return []
@@ -153,10 +157,11 @@ def _server_of(pid: int) -> list[ForkServer]:
 
 def fork_server() -> ForkServer:
     """This process's fork server, started where there is none (or it died, or we are a fork)."""
-    kept = _server_of(os.getpid())
-    if not kept or not kept[0].alive():
-        kept[:] = [ForkServer()]
-    return kept[0]
+    with _starting:
+        kept = _server_of(os.getpid())
+        if not kept or not kept[0].alive():
+            kept[:] = [ForkServer()]
+        return kept[0]
 
 
 def warm_up() -> None:

@@ -16,12 +16,17 @@ import torch.distributed as dist
 from pardemo.launch import pickling
 from pardemo.launch.rank import seed_all
 from pardemo.launch.results import Results
+from pardemo.launch.servers import in_kernel
 from pardemo.launch.session import Setup
 
 
 def active() -> bool:
-    """Whether a launcher like torchrun started this process as one rank of a world."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    """Whether a launcher like torchrun started this process as one rank of a world.
+
+    Never in a notebook's kernel, where the variables may be left over from an experiment.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(name in os.environ for name in names) and not in_kernel()
 
 
 def run(

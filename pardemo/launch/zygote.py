@@ -39,7 +39,7 @@ _PRELOADED = [
     "torch.distributed.pipelining",
 ]
 _PR_SET_PDEATHSIG = 1
-_POLL_S = 0.5
+_POLL_S = 1.0  # between two looks at who our parent is
 _FDS_PER_RANK = 4
 
 
