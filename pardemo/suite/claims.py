@@ -35,7 +35,10 @@ def anatomy(table: Table) -> Said:
     """What the anatomy figure shows."""
     parts = [row for row in table.timed if row.compute_s is not None and row.step_s]
     if not parts:
-        return "No step was taken apart.", "It was switched off (anatomy), or the time limit had passed."
+        return (
+            "No step was taken apart.",
+            "anatomy was off, or the time limit had passed.",
+        )
     most = max(parts, key=_transfer_share)
     claim = f"{most.name} waits longest for its transfers: {_transfer_share(most):.0%} of a step."
     return claim, (
