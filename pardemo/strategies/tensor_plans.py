@@ -100,12 +100,21 @@ def _is_attention(module: nn.Module) -> bool:
     return all(isinstance(part, nn.Linear) for part in parts) and hasattr(module, "head_size")
 
 
+class _Tracer(torch.fx.Tracer):
+    """Looks into every module but torch's own, and into no BatchNorm, whoever wrote it."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether `m` stays one node of the graph."""
+        norm = isinstance(m, nn.modules.batchnorm._NormBase)
+        return norm or super().is_leaf_module(m, module_qualified_name)
+
+
 def _trace(module: nn.Module) -> torch.fx.Graph | None:
     """The module's graph; None when its Python cannot be followed or attention is inside."""
     if any(_is_attention(m) for m in module.modules()) or not list(module.children()):
         return None
     try:
-        return torch.fx.Tracer().trace(module)
+        return _Tracer().trace(module)
     except Exception:  # any Python in forward may object to a proxy: then look at the parts
         return None
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+import torch.nn as nn
 
 from pardemo import check, strategies
 from pardemo.launch import RankFailed, Ranks
@@ -41,6 +43,14 @@ def test_knobs_of_both_axes_leave_the_result_alone(
 ) -> None:
     said = check.strategy(name, unusual.mini_gpt(), 4, batch_size=[8, 8], ranks=ranks4, **knobs)
     assert said, said
+
+
+def test_batchnorm_looks_at_all_replicas(ranks4: Ranks) -> None:
+    said = check.strategy("dp_pp", "resnet-mini", 4, batch_size=[8, 8], ranks=ranks4)
+    assert said, said
+    for name in ("dp_tp", "fsdp_tp"):
+        said = check.strategy(name, normalised(), 4, batch_size=[8, 7], ranks=ranks4)
+        assert said, said
 
 
 @pytest.mark.parametrize("name", TWO_AXES)
@@ -109,6 +119,18 @@ def train(work: Workload, name: str, knobs: dict[str, Any], size: int = 8) -> An
     step = row.build(model, work.make_optimizer, work.loss, mesh, **knobs)
     losses = [float(step.step(work.make_batch(size, i, 0))) for i in range(2)]
     return check.Trace(tuple(losses), (step.state(),) * 2)
+
+
+def normalised() -> Workload:
+    """A pair that can be cut, a BatchNorm, a head."""
+
+    def make(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        pair = [nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 8)]
+        return nn.Sequential(*pair, nn.BatchNorm1d(8), nn.Linear(8, 10))
+
+    digits = workload("mlp")
+    return Workload("normalised", make, digits.make_batch, digits.loss, digits.make_optimizer, 8)
 
 
 def round_trip(work: Workload, name: str) -> Any:
