@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.nn as nn
+from torch.nn.modules.batchnorm import _NormBase
 
 
 class StrategyError(ValueError):
@@ -20,7 +21,8 @@ def pieces(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if hasattr(model, "sequence"):
         return list(model.sequence())  # type: ignore[operator]
     if isinstance(model, nn.Sequential):
-        return list(model.named_children())
+        # not named_children(), which leaves out a module that occurs a second time
+        return [(name, module) for name, module in model._modules.items() if module is not None]
     raise StrategyError(
         f"{type(model).__name__} cannot be cut into stages: only the model knows the order of its "
         "parts. Give it a method `sequence()` that returns [(name, module), ...] whose composition "
@@ -37,6 +39,27 @@ def check_pieces(model: nn.Module, parts: Sequence[tuple[str, nn.Module]]) -> No
             f"{', '.join(lost)} belong{'s' if len(lost) == 1 else ''} to no piece of "
             f"{type(model).__name__}.sequence(): a stage could not train it"
         )
+
+
+def inseparable(parts: Sequence[tuple[str, nn.Module]]) -> list[list[int]]:
+    """Numbers of the pieces, grouped so that no cut between groups splits shared statistics.
+
+    A normalisation layer that two pieces share updates its running statistics at every use; copies
+    of it on two ranks would drift apart, so everything between its first and last use stays whole.
+    """
+    seen = [
+        [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+        for _, module in parts
+    ]
+    last = {layer: number for number, layers in enumerate(seen) for layer in layers}
+    groups: list[list[int]] = []
+    end = -1
+    for number, layers in enumerate(seen):
+        if number > end:
+            groups.append([])
+        groups[-1].append(number)
+        end = max([end, number, *(last[layer] for layer in layers)])
+    return groups
 
 
 def parameter_costs(parts: Sequence[tuple[str, nn.Module]]) -> list[int]:

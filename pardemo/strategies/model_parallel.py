@@ -57,15 +57,24 @@ def cut_model(
             raise base.StrategyError(
                 f"{len(found)} pieces need {len(found)} costs, got {len(costs)}"
             )
-        ranges = base.cut(costs, count)
+        ranges = balanced(found, costs, count)
     return [[found[i] for i in part] for part in ranges]
+
+
+def balanced(
+    found: Sequence[tuple[str, nn.Module]], costs: Sequence[float], count: int
+) -> list[range]:
+    """The balanced cut that keeps normalisation layers shared by pieces within one part."""
+    groups = base.inseparable(found)
+    cuts = base.cut([sum(costs[i] for i in group) for group in groups], count)
+    return [range(groups[c[0]][0], groups[c[-1]][-1] + 1) for c in cuts]
 
 
 def reasons_against(model: nn.Module, world_size: int, batch_size: int) -> list[str]:
     """Models that do not say their order, or have fewer pieces than devices."""
     try:
         found = base.pieces(model)
-        base.cut(base.parameter_costs(found), world_size)
+        balanced(found, base.parameter_costs(found), world_size)
         base.check_pieces(model, found)
     except base.StrategyError as error:
         return [str(error)]

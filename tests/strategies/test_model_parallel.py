@@ -13,7 +13,7 @@ import torch.nn as nn
 from pardemo import check, strategies
 from pardemo.launch import Ranks
 from pardemo.measure import count
-from pardemo.strategies import StrategyError
+from pardemo.strategies import StrategyError, base
 from pardemo.strategies.parts_on_ranks import HEADER
 from pardemo.workloads import Workload, workload
 from tests.strategies import unusual
@@ -25,6 +25,7 @@ WORKS = [
     unusual.frozen_gpt,
     lambda: workload("resnet-mini"),
     unusual.shared_linear,
+    unusual.shared_resnet,
 ]
 
 
@@ -40,7 +41,7 @@ def test_parts_on_four_ranks_equal_one_process(ranks4: Ranks, work: Callable[[],
     assert said, said
 
 
-@pytest.mark.parametrize("work", [*WORKS, unusual.shared_resnet])
+@pytest.mark.parametrize("work", WORKS)
 @pytest.mark.parametrize("devices", [2, 3])
 def test_parts_on_devices_equal_one_process(work: Callable[[], Workload], devices: int) -> None:
     said = check.strategy(ROW, work(), devices, batch_size=[8, 7], where="devices")
@@ -144,6 +145,14 @@ def test_models_that_cannot_be_cut_are_refused_with_what_to_do() -> None:
             self.scale = nn.Parameter(torch.ones(2))
 
     assert "scale belongs to no piece" in fits(Leaky(), 2)[0]
+
+
+def test_a_balanced_cut_keeps_the_uses_of_a_shared_normalisation_together() -> None:
+    shared = nn.BatchNorm1d(4)
+    model = nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared, nn.Linear(4, 4))
+    assert base.inseparable(base.pieces(model)) == [[0], [1, 2, 3], [4]]
+    assert fits(model, 3) == []
+    assert "cannot cut 3 pieces into 4 stages" in fits(model, 4)[0]
 
 
 def test_wrong_knobs_are_refused() -> None:
