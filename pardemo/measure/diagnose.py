@@ -99,20 +99,27 @@ def _starved(run: Run) -> Finding | None:
 
 
 def _uneven(run: Run) -> Finding | None:
-    own = run.median("own_s")
+    """A rank that works longer than the others: by its own doing, or because it had no core."""
+    own, queued = run.median("own_s"), run.median("queued_s")
     if len(own) < 2:
         return None
-    slow = int(own.argmax())
-    others = float(np.median(np.delete(own, slow)))
-    if own[slow] < UNEVEN * others or own[slow] - others < 0.05 * run.step_s:
-        return None
-    lost = float(own[slow] - others)
-    seen = f"rank {slow} works {milliseconds(float(own[slow]))} per step, the others "
+    for works in (np.maximum(own - queued, 0.0), own):  # what is its own doing goes first
+        slow = int(works.argmax())
+        others = float(np.median(np.delete(works, slow)))
+        lost = float(works[slow] - others)
+        if works[slow] >= UNEVEN * others and lost >= 0.05 * run.step_s:
+            return _slow_rank(run, slow, float(works[slow]), others)
+    return None
+
+
+def _slow_rank(run: Run, slow: int, works: float, others: float) -> Finding:
+    """The finding for the rank that the others wait for."""
+    own, queued, lost = run.median("own_s"), run.median("queued_s"), works - others
+    seen = f"rank {slow} works {milliseconds(works)} per step, the others "
     seen += f"{milliseconds(others)}, and they wait for it"
-    queued = run.median("queued_s")
     pushed = float(queued[slow] - np.median(np.delete(queued, slow)))
     if pushed > 0.3 * lost:
-        seen += f"; {milliseconds(pushed)} of that it was ready and had no core: others run there"
+        seen += f"; it was ready without a core for {milliseconds(pushed)} longer: others run there"
     if _has_point_to_point(run):
         return Finding(
             "imbalanced pipeline",
