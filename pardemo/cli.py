@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .cluster.cli import add_parsers as add_cluster_verbs
 from .parameters import Refused
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     lab.add_argument("--port", type=int, help="a fixed port; by default the first free one")
     lab.add_argument("--no-browser", action="store_true", help="print the address only")
     lab.set_defaults(run=_lab)
+    add_cluster_verbs(verbs)
     for name, text in DELEGATED.items():
         verbs.add_parser(name, help=text, add_help=False)
     return top
