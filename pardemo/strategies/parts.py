@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from pardemo.strategies.base import MakeOptimizer, State, StrategyError, axis, broadcast_module
 
@@ -43,9 +43,18 @@ def read(held: dict[str, Slot]) -> State:
     for key, (module, name) in held.items():
         tensor = getattr(module, name).detach()
         if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()  # moves (n-1)/n * bytes of the full tensor
+            tensor = _full(tensor)
         state[key] = tensor.to("cpu", copy=True)
     return state
+
+
+def _full(tensor: DTensor) -> torch.Tensor:
+    """The whole of a sliced tensor, one axis of the mesh after the other, the outermost first."""
+    placements = list(tensor.placements)
+    for i in range(len(placements)):
+        placements[i] = Replicate()
+        tensor = tensor.redistribute(placements=placements)  # moves (n-1)/n * bytes gathered
+    return tensor.to_local()
 
 
 @torch.no_grad()
