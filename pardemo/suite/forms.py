@@ -64,7 +64,7 @@ class Scene:
     def microbatches(self) -> int:
         """What the pipeline will choose for this batch."""
         plan = pipeline_plan.Plan.for_model(
-            self.model, None, None, None, None, "parameters", "refuse", 1
+            self.model, None, None, None, None, "parameters", "refuse"
         )
         return plan.count(self.batch_size, self.ranks)
 
