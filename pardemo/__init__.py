@@ -27,3 +27,12 @@ def load_ipython_extension(shell: Any) -> None:
     from pardemo.launch.magic import load_ipython_extension as load
 
     load(shell)
+
+
+def __getattr__(name: str) -> Any:
+    """`pardemo.diagnose`, `observe` and `calibrate` load the measuring room when asked for."""
+    if name in ("calibrate", "diagnose", "observe"):
+        from pardemo import measure
+
+        return getattr(measure, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
