@@ -68,15 +68,13 @@ def record(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def temporary() -> set[str]:
-    return {path.name for path in Path("/tmp").glob("torchelastic_*")}
-
-
 def test_a_killed_worker_is_restarted_and_ends_with_the_same_losses(
     tmp_path: Path, undisturbed: list[float]
 ) -> None:
-    before = temporary()
-    agent = Agent(tmp_path, torchrun.ENVIRONMENT, max_restarts=1)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {**torchrun.ENVIRONMENT, "TMPDIR": str(temporary)}
+    agent = Agent(tmp_path, environment, max_restarts=1)
     agent.until("step 12 ")
     os.kill(agent.workers()[1], signal.SIGKILL)
     code, output = agent.end()
@@ -86,7 +84,7 @@ def test_a_killed_worker_is_restarted_and_ends_with_the_same_losses(
     assert told["resumed_at_step"] >= 10
     assert told["losses"] == pytest.approx(undisturbed, abs=1e-5)
     assert "CPU" in told["nodes"]["0"]["card"]
-    assert temporary() == before
+    assert list(temporary.glob("torchelastic_*")) == []
 
 
 def test_a_killed_agent_leaves_no_worker(tmp_path: Path) -> None:
