@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from noise import session
 
 from pardemo.measure import Timing, statistics
+from tests.measure.noise import session
 
 REPLICATES = 300
 

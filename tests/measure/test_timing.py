@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from noise import session
 
 from pardemo.measure import Timing
 from pardemo.measure.timing import milliseconds
+from tests.measure.noise import session
 
 
 def timing(scale: float = 1.0, kind: str = "white", seed: int = 0, **kwargs) -> Timing:
