@@ -76,15 +76,22 @@ def test_a_signal_reaches_the_command_in_the_node(lab: Nodes) -> None:
 def test_iperf3_sees_the_rate_that_was_asked_for(lab: Nodes, need: Need, megabits: int) -> None:
     need("iperf3", "iperf3")
     lab.set_link(f"{megabits}mbit")
+    seen = [_iperf3(lab)]
+    while not 0.80 * megabits < seen[-1] < 1.03 * megabits and len(seen) < 4:
+        seen.append(_iperf3(lab))  # a busy machine slows iperf3 itself; a wrong rate stays wrong
+    lab.set_link("unlimited")
+    assert 0.80 * megabits < seen[-1] < 1.03 * megabits, seen
+
+
+def _iperf3(lab: Nodes) -> float:
+    """Megabits per second that iperf3 receives on node 1 from node 0."""
     server = lab.popen(1, ["iperf3", "-s", "-1", "--forceflush"], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     while "listening" not in server.stdout.readline():
         assert server.poll() is None
     client = lab.run(0, ["iperf3", "-c", "node1", "-t", "2", "-J"])
     server.communicate(timeout=20)
-    lab.set_link("unlimited")
-    seen = json.loads(client.stdout)["end"]["sum_received"]["bits_per_second"] / 1e6
-    assert 0.80 * megabits < seen < 1.03 * megabits
+    return float(json.loads(client.stdout)["end"]["sum_received"]["bits_per_second"]) / 1e6
 
 
 def test_what_does_not_fit_is_refused() -> None:
