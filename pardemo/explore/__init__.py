@@ -1,7 +1,8 @@
 """Explorers: pipeline schedules, the ring, ZeRO's memory, DDP's buckets, layouts.
 
 In a notebook: `explore.show("pipeline", stages=4)` is a picture; `explore.live("pipeline")` has
-sliders in a live kernel. `explore.page()` is one HTML document with all of them, without a kernel.
+sliders in a live kernel. `explore.fragment(name)` is a piece of HTML that needs no kernel and no
+network, alone or beside others on one page; `explore.page()` is one document with all of them.
 """
 
 from __future__ import annotations
@@ -9,15 +10,14 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-
 from pardemo.explore import buckets, pipeline, planner, ring, zero
 from pardemo.explore.scene import Box, Explorer, Scene
 
 if TYPE_CHECKING:
     from pardemo.explore.widget import Live
+    from pardemo.plot.style import Picture
 
-__all__ = ["Box", "Explorer", "Scene", "get", "live", "names", "page", "scene", "show"]
+__all__ = ["Box", "Explorer", "Scene", "fragment", "get", "live", "names", "page", "scene", "show"]
 
 _ALL = {
     module.EXPLORER.name: module.EXPLORER for module in (pipeline, ring, zero, buckets, planner)
@@ -43,8 +43,8 @@ def scene(name: str, **values: Any) -> Scene:
     return get(name).scene(**values)
 
 
-def show(name: str, **values: Any) -> Figure:
-    """The explorer's picture for these values: a matplotlib figure."""
+def show(name: str, **values: Any) -> Picture:
+    """The explorer's picture for these values, without its caption."""
     return scene(name, **values).figure()
 
 
@@ -53,6 +53,13 @@ def live(name: str) -> Live:
     from pardemo.explore.widget import Live
 
     return Live(get(name))
+
+
+def fragment(name: str, level: int = 2) -> str:
+    """One explorer as HTML to put into a page, beside others; its title is a heading of `level`."""
+    from pardemo.explore.static import fragment as piece
+
+    return piece(get(name), level)
 
 
 def page() -> str:

@@ -10,7 +10,7 @@ KINDS = {"F": "forward", "B": "backward", "W": "weight"}
 
 def draw(schedule_name: str, stages: int, microbatches: int, virtual: int) -> Scene:
     """One optimiser step of a pipeline whose backward takes twice its forward."""
-    chunks = virtual if schedule_name == "interleaved" else 1
+    chunks = {"interleaved": virtual, "zbv": 2}.get(schedule_name, 1)
     found = schedule(schedule_name, stages, microbatches, 1.0 / chunks, 2.0 / chunks, chunks=chunks)
     boxes = tuple(
         Box(span.rank, span.start, span.end - span.start, KINDS[span.kind], str(span.microbatch))
@@ -30,10 +30,11 @@ EXPLORER = Explorer(
     "Pipeline schedules",
     "How many microbatches does it take to make the bubble small, and what do they cost?",
     {
-        "schedule_name": ("1f1b", "gpipe", "interleaved", "zb-h1"),
+        "schedule_name": ("1f1b", "gpipe", "interleaved", "zb-h1", "zbv"),
         "stages": (4, 2, 3),
         "microbatches": (4, 1, 2, 8, 12),
         "virtual": (2, 1),
     },
     draw,
+    "Simulated: equal stages, a backward takes twice a forward, sending is free.",
 )

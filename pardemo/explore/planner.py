@@ -18,7 +18,7 @@ def draw(model_name: str, gpus: int, profile: str) -> Scene:
         lanes.append(repr(choice.layout).split(", zero")[0] + f", zero {choice.layout.zero}")
         kind = "tied" if choice.tied else "compute"
         boxes.append(Box(lane, 0.0, choice.lo_s, kind, f"{choice.time_s:.3g} s"))
-        boxes.append(Box(lane, choice.lo_s, choice.hi_s - choice.lo_s, "idle"))
+        boxes.append(Box(lane, choice.lo_s, choice.hi_s - choice.lo_s, "interval"))
     best = plan.top[0]
     ties = sum(choice.tied for choice in plan.choices)
     said = (
@@ -27,7 +27,7 @@ def draw(model_name: str, gpus: int, profile: str) -> Scene:
         f"{ties} layouts are tied with it. {plan.evidence}"
     )
     numbers = {"best_s": best.time_s, "ties": ties}
-    return Scene(tuple(lanes), tuple(boxes), "s per step; grey: interval", said, numbers)
+    return Scene(tuple(lanes), tuple(boxes), "seconds per step", said, numbers)
 
 
 EXPLORER = Explorer(
@@ -40,4 +40,5 @@ EXPLORER = Explorer(
         "profile": ("h100-dgx", "a100-dgx"),
     },
     draw,
+    "Predicted, not measured: measure the first three before you believe their order.",
 )

@@ -48,4 +48,5 @@ EXPLORER = Explorer(
     "Who holds whose numbers, and how much has each rank sent?",
     {"ranks": (4, 2, 3, 6, 8), "step": tuple(range(15))},
     draw,
+    "Each box is a chunk and lists the ranks whose numbers its sum holds so far.",
 )

@@ -7,19 +7,22 @@ live kernel, and a page that works without one. All three show the same boxes an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from pardemo.plot import look
-from pardemo.plot.style import STYLE
+from pardemo.plot.style import Look, Picture, figure
 
-DARK = ("forward", "weight", "parameters", "compute", "collective", "mine", "whole")
-KINDS = {"mine": "forward", "partial": "backward", "whole": "weight", "tied": "optimizer"}
+# kinds of box that are drawn as a kind of the house style is
+KINDS = {"mine": "forward", "partial": "backward", "whole": "optimizer", "tied": "optimizer",
+         "interval": "idle"}  # fmt: skip
+NARROW = 0.018  # share of a lane's length below which a box has no room for its text
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,14 @@ class Box:
 
 @dataclass(frozen=True)
 class Scene:
-    """What one setting of an explorer shows. `numbers` are what `said` says, for tests."""
+    """What one setting shows: `said` claims, `assumes` are its conditions, `numbers` for tests."""
 
     lanes: tuple[str, ...]
     boxes: tuple[Box, ...]
     unit: str
     said: str
     numbers: Mapping[str, float] = field(default_factory=dict)
+    assumes: str = ""
 
     @property
     def length(self) -> float:
@@ -53,32 +57,9 @@ class Scene:
         """The kinds that appear, in order of appearance."""
         return list(dict.fromkeys(box.kind for box in self.boxes))
 
-    def figure(self) -> Figure:
-        """The scene as a picture; its caption is `said`."""
-        with plt.style.context(STYLE):
-            return self._draw()
-
-    def _draw(self) -> Figure:
-        size = (7.2, 0.95 + 0.36 * len(self.lanes))
-        drawn, axes = plt.subplots(figsize=size, layout="constrained")
-        for box in self.boxes:
-            style = look(KINDS.get(box.kind, box.kind))
-            axes.barh(
-                box.lane, box.width, 0.86, left=box.start, color=style.colour,
-                hatch=style.hatch, edgecolor="white", linewidth=0.6,
-            )  # fmt: skip
-            if box.text and box.width > 0.018 * self.length:
-                colour = "white" if box.kind in DARK else "black"
-                place = (box.start + box.width / 2, box.lane)
-                axes.annotate(box.text, place, ha="center", va="center", fontsize=7, color=colour)
-        axes.set_yticks(range(len(self.lanes)), self.lanes)
-        axes.invert_yaxis()
-        axes.set_xlim(0, self.length)
-        axes.set_xlabel(self.unit)
-        axes.grid(visible=False)
-        handles = [_patch(kind) for kind in self.kinds]
-        drawn.legend(handles=handles, loc="outside upper right", ncols=max(1, len(handles)))
-        return drawn
+    def figure(self) -> Picture:
+        """The scene as a picture; its alt text is `said`, its caption `said` and `assumes`."""
+        return _draw(self, size=(7.2, 0.95 + 0.36 * len(self.lanes)))
 
     def compact(self) -> dict[str, Any]:
         """The scene as small JSON, for the page."""
@@ -96,9 +77,51 @@ class Scene:
         }
 
 
-def _patch(kind: str) -> Patch:
-    style = look(KINDS.get(kind, kind))
-    return Patch(facecolor=style.colour, hatch=style.hatch, edgecolor="white", label=kind)
+@figure
+def _draw(axes: Axes, scene: Scene) -> str:
+    for box in scene.boxes:
+        style = look_of(box.kind)
+        axes.barh(
+            box.lane, box.width, 0.86, left=box.start, color=style.colour,
+            hatch=style.hatch, edgecolor="white", linewidth=0.6,
+        )  # fmt: skip
+        if box.text and box.width > NARROW * scene.length:
+            _write(axes, box)
+    axes.set_yticks(range(len(scene.lanes)), scene.lanes)
+    axes.invert_yaxis()
+    axes.set_xlim(0, scene.length)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=scene.length >= 2))
+    axes.set_xlabel(scene.unit)
+    axes.grid(visible=False)
+    handles = [
+        Patch(facecolor=style.colour, hatch=style.hatch, edgecolor="white", label=kind)
+        for kind in scene.kinds
+        for style in [look_of(kind)]
+    ]
+    axes.figure.legend(handles=handles, loc="outside upper right", ncols=max(1, len(handles)))
+    return scene.said
+
+
+def _write(axes: Axes, box: Box) -> None:
+    """The text of a box on a patch of the box's own colour, so that no hatch runs through it."""
+    ground = {"facecolor": look_of(box.kind).colour, "edgecolor": "none", "pad": 0.6}
+    axes.text(
+        box.start + box.width / 2, box.lane, box.text, ha="center", va="center", fontsize=7,
+        color=ink(box.kind), bbox=ground,
+    )  # fmt: skip
+
+
+def look_of(kind: str) -> Look:
+    """Colour and hatch of a kind of box."""
+    return look(KINDS.get(kind, kind))
+
+
+def ink(kind: str) -> str:
+    """Black or white, whichever is easier to read on this kind's colour (WCAG's luminance)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+              for c in to_rgb(look_of(kind).colour)]  # fmt: skip
+    luminance = sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    return "#ffffff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000000"
 
 
 @dataclass(frozen=True)
@@ -106,6 +129,7 @@ class Explorer:
     """A title, controls with the values each may take, and the function that draws a scene.
 
     `draw(**values)` may raise ValueError for a combination that cannot be; its text is shown.
+    `assumes` says what every scene takes for granted; it stands below each of them.
     """
 
     name: str
@@ -113,6 +137,7 @@ class Explorer:
     question: str
     controls: Mapping[str, tuple[Any, ...]]
     draw: Callable[..., Scene]
+    assumes: str = ""
 
     def settings(self) -> list[dict[str, Any]]:
         """Every combination of the controls' values."""
@@ -130,6 +155,6 @@ class Explorer:
             )
         chosen = {name: allowed[0] for name, allowed in self.controls.items()} | values
         try:
-            return self.draw(**chosen)
+            return replace(self.draw(**chosen), assumes=self.assumes)
         except ValueError as refusal:
             return Scene((), (), "", str(refusal))

@@ -9,41 +9,52 @@ from __future__ import annotations
 import html
 import json
 from importlib.resources import files
+from typing import Any
 
-from pardemo.explore.scene import KINDS, Explorer
+from pardemo.explore.scene import Explorer, ink, look_of
 from pardemo.explore.widget import _numbers
-from pardemo.plot import look
 
 
-def fragment(explorer: Explorer) -> str:
-    """HTML with its style and script inside; several may stand on one page."""
+def fragment(explorer: Explorer, level: int = 2) -> str:
+    """HTML with its style and script inside; several may stand on one page, the same one too.
+
+    `level` is that of the heading. Without a script the page still says the first setting's result.
+    """
+    sources = files("pardemo.explore")
+    style = (sources / "explorer.css").read_text()
+    script = (sources / "explorer.js").read_text()
+    data = json.dumps(_data(explorer), separators=(",", ":")).replace("</", "<\\/")
+    return (
+        f'<section class="pardemo-explorer" data-explorer="{explorer.name}" '
+        f'aria-label="{html.escape(explorer.title)}">\n<style>{style}</style>\n'
+        f'<h{level} class="title">{html.escape(explorer.title)}</h{level}>\n'
+        f"<p>{html.escape(explorer.question)}</p>\n"
+        '<div class="controls"></div>\n<div class="picture"></div>\n'
+        f'<p class="said" role="status">{html.escape(explorer.scene().said)}</p>\n'
+        f'<p class="assumes">{html.escape(explorer.assumes)}</p>\n'
+        f'<script type="application/json">{data}</script>\n'
+        f"<script>{script}</script>\n</section>\n"
+    )
+
+
+def _data(explorer: Explorer) -> dict[str, Any]:
+    """Every scene, the values of the controls, and how each kind of box is drawn."""
     scenes = {
         json.dumps(list(values.values())): explorer.scene(**values).compact()
         for values in explorer.settings()
     }
-    kinds = {kind for scene in scenes.values() for kind in scene["kinds"]}
-    data = {
+    kinds = sorted({kind for scene in scenes.values() for kind in scene["kinds"]})
+    return {
         "controls": {
             name: sorted(values) if _numbers(values) else list(values)
             for name, values in explorer.controls.items()
         },
         "first": [values[0] for values in explorer.controls.values()],
-        "colours": {kind: look(KINDS.get(kind, kind)).colour for kind in sorted(kinds)},
+        "colours": {kind: look_of(kind).colour for kind in kinds},
+        "hatches": {kind: look_of(kind).hatch for kind in kinds},
+        "inks": {kind: ink(kind) for kind in kinds},
         "scenes": scenes,
     }
-    text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
-    sources = files("pardemo.explore")
-    style = (sources / "explorer.css").read_text()
-    script = (sources / "explorer.js").read_text()
-    return (
-        f'<section class="explorer" id="explorer-{explorer.name}" '
-        f'aria-label="{html.escape(explorer.title)}">\n<style>{style}</style>\n'
-        f"<h2>{html.escape(explorer.title)}</h2>\n<p>{html.escape(explorer.question)}</p>\n"
-        '<div class="controls"></div>\n<div class="picture"></div>\n'
-        '<p class="said" role="status"></p>\n'
-        f'<script type="application/json">{text}</script>\n'
-        f"<script>{script}</script>\n</section>\n"
-    )
 
 
 def page(explorers: list[Explorer]) -> str:
@@ -52,6 +63,7 @@ def page(explorers: list[Explorer]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
         "<title>pardemo explorers</title></head>\n"
         f"<body><main><h1>Explorers</h1>\n{body}</main></body></html>\n"
     )

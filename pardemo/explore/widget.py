@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import ipywidgets as widgets
-import matplotlib.pyplot as plt
 from IPython.display import Markdown, display
 
 from pardemo.explore.scene import Explorer
@@ -33,10 +32,15 @@ class Live(widgets.VBox):
     def _show(self, **values: Any) -> None:
         scene = self.explorer.scene(**values)
         if scene.lanes:
-            drawn = scene.figure()
-            display(drawn)
-            plt.close(drawn)
-        display(Markdown(f"**{scene.said}**"))
+            display(scene.figure())
+        display(Markdown(f"**{scene.said}** {scene.assumes}"))
+
+    def __repr__(self) -> str:
+        """What is stored in a notebook's file, where sliders cannot be."""
+        knobs = ", ".join(name.replace("_", " ") for name in self.controls)
+        return f"{self.explorer.title}: run this cell in a live kernel for sliders ({knobs})"
+
+    __str__ = __repr__
 
 
 def _numbers(values: tuple[Any, ...]) -> bool:

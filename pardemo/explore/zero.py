@@ -41,4 +41,5 @@ EXPLORER = Explorer(
         "precision": ("bf16 + fp32 master", "fp32"),
     },
     draw,
+    "Closed form, Adam; activations and buffers come on top.",
 )

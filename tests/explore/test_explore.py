@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
-import matplotlib.pyplot as plt
 import pytest
+from matplotlib.colors import to_rgb
 
 from pardemo import explore, predict
 from pardemo.explore.ring import held
-from pardemo.explore.static import fragment
+from pardemo.explore.scene import ink, look_of
 
 
 @pytest.mark.parametrize("name", explore.names())
@@ -66,7 +67,29 @@ def test_the_picture_has_a_box_for_every_box_of_the_scene() -> None:
     scene = explore.scene("pipeline", schedule_name="1f1b", stages=2, microbatches=4)
     drawn = scene.figure()
     assert len(drawn.axes[0].patches) == len(scene.boxes) == 2 * 2 * 4
-    plt.close(drawn)
+    assert drawn.alt == scene.said, "what the picture shows is said as text too"
+
+
+def test_every_box_has_text_that_can_be_read_on_its_colour() -> None:
+    """Black or white, at least 4.5 to 1: what WCAG asks of small text."""
+    for name in explore.names():
+        for kind in explore.scene(name).kinds:
+            light, dark = sorted(
+                (_luminance(ink(kind)), _luminance(look_of(kind).colour)), reverse=True
+            )
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, kind
+
+
+def _luminance(colour: Any) -> float:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_what_a_scene_assumes_is_said_beside_what_it_claims() -> None:
+    for name in explore.names():
+        scene = explore.scene(name)
+        assert scene.assumes.endswith(".")
+        assert scene.assumes in explore.fragment(name).replace("&#x27;", "'")
 
 
 def test_moving_a_slider_changes_the_live_picture(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,14 +102,20 @@ def test_moving_a_slider_changes_the_live_picture(capsys: pytest.CaptureFixture[
         "step": 3,
     }
     shown = capsys.readouterr().out  # without a kernel, display() prints
-    assert shown.count("Figure") == shown.count("Markdown") == 2
+    assert shown.count("After 3 of") == shown.count("Markdown") == 2
 
 
 def test_the_page_is_self_contained_and_holds_the_scenes_of_python() -> None:
     page = explore.page()
     addresses = set(re.findall(r"https?://[^\s'\"<]+", page))
     assert addresses <= {"http://www.w3.org/2000/svg"}
-    piece = fragment(explore.get("ring"))
+    piece = explore.fragment("ring")
     data = json.loads(re.search(r'json">(.*?)</script>', piece, re.S).group(1))  # type: ignore[union-attr]
     assert data["scenes"]["[4, 3]"]["said"] == explore.scene("ring", ranks=4, step=3).said
     assert len(piece) < 200_000
+
+
+def test_the_stored_output_of_sliders_says_what_to_do_for_a_reader_without_a_kernel() -> None:
+    said = repr(explore.live("buckets"))
+    assert said.startswith("DDP: buckets and overlap: run this cell in a live kernel for sliders")
+    assert "link gb per s" in said
