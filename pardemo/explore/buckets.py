@@ -59,5 +59,5 @@ EXPLORER = Explorer(
     },
     draw,
     f"Computed: {LAYERS} layers of {LAYER_BYTES / 1e6:.0f} MB, {FORWARD_S * 1e3:g} ms forward "
-    f"and {BACKWARD_S * 1e3:g} ms backward each; one bucket at a time, {LATENCY_S * 1e6:g} µs each.",
+    f"and {BACKWARD_S * 1e3:g} ms backward each; a bucket at a time, {LATENCY_S * 1e6:g} µs first.",
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import io
-import weakref
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, cast
@@ -112,7 +111,7 @@ class Caption(str):
         return
 
 
-_latest: weakref.ref[Picture] | None = None  # the figure a caption belongs to, if not yet shown
+_latest: Picture | None = None  # the figure that the next caption belongs to, unless it is shown
 
 
 def figure(draw: Callable[..., str]) -> Callable[..., Picture]:
@@ -133,7 +132,7 @@ def figure(draw: Callable[..., str]) -> Callable[..., Picture]:
             picture = Picture(figsize=size)
             picture.fitted = size is None
             picture.alt = draw(picture.add_subplot(), *args, **kw)
-        _latest = weakref.ref(picture)
+        _latest = picture
         return picture
 
     return made
@@ -157,9 +156,8 @@ def caption(claim: str, *conditions: str) -> Caption:
         return text
     from IPython.display import display
 
-    picture = _latest() if _latest else None
-    if picture is not None and not picture.shown:
-        display(picture)
+    if _latest is not None and not _latest.shown:
+        display(_latest)
     marked = " ".join([f"**{claim}**", *conditions])
     display({"text/markdown": marked, "text/plain": str(text)}, raw=True)
     return text
