@@ -5,7 +5,7 @@ from __future__ import annotations
 from pardemo.explore.scene import Box, Explorer, Scene
 from pardemo.predict import memory
 
-STRATEGIES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3, FSDP"}
+STRATEGIES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3 (FSDP)"}
 PARTS = ("parameters", "gradients", "optimizer")
 
 
@@ -21,11 +21,11 @@ def draw(billions: float, ranks: int, precision: str) -> Scene:
         start = 0.0
         for part in PARTS:
             size = found[part] / 1e9
-            boxes.append(Box(lane, start, size, part, f"{size:.3g}"))
+            boxes.append(Box(lane, start, size, part, f"{float(f'{size:.3g}'):,g}"))
             start += size
         totals[name] = start
     said = f"{billions:g} billion parameters on {ranks} ranks: " + ", ".join(
-        f"{STRATEGIES[name]} {total:.3g} GB" for name, total in totals.items()
+        f"{STRATEGIES[name]} {float(f'{total:.3g}'):,g} GB" for name, total in totals.items()
     )
     lanes = tuple(STRATEGIES.values())
     return Scene(lanes, tuple(boxes), "GB per rank", said + " per rank.", totals)

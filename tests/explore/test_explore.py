@@ -10,6 +10,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from pardemo import explore, predict
+from pardemo.explore import buckets
 from pardemo.explore.ring import held
 from pardemo.explore.scene import ink, look_of
 
@@ -49,11 +50,21 @@ def test_zero_memory_is_what_predict_says() -> None:
     assert scene.numbers["zero3"] == pytest.approx(112 / 64)
 
 
-def test_one_huge_bucket_hides_nothing_and_a_fast_link_exposes_little() -> None:
-    huge = explore.scene("buckets", bucket_mb=400, link_gb_per_s=12.0, ranks=8)
-    split = explore.scene("buckets", bucket_mb=25, link_gb_per_s=12.0, ranks=8)
+def test_one_huge_bucket_hides_nothing_and_tiny_ones_pay_for_every_message() -> None:
+    huge = explore.scene("buckets", bucket_mb=336, ranks=8)
+    split = explore.scene("buckets", bucket_mb=28, ranks=8)
     assert huge.numbers["buckets"] == 1
     assert split.numbers["exposed_s"] < huge.numbers["exposed_s"] / 3
+    slow = [
+        explore.scene("buckets", bucket_mb=mb, latency_us=500).numbers["step_s"]
+        for mb in (7, 56, 336)
+    ]
+    assert min(slow) == slow[1], "with a costly message the best size is neither end"
+
+
+@pytest.mark.parametrize("megabytes", [1, 7, 28, 30, 56, 112, 336, 1000])
+def test_buckets_hold_every_gradient_once(megabytes: int) -> None:
+    assert sum(buckets.buckets(megabytes * 1e6)) == buckets.LAYERS * buckets.PIECES
 
 
 def test_an_unknown_explorer_or_control_names_the_right_ones() -> None:
