@@ -6,8 +6,12 @@ from pardemo import machine, launch, Ranks, report     # the four names that eve
 
 from typing import Any
 
-from pardemo.launch import RankFailed, Ranks, RankTimeout, Results, launch, report
-from pardemo.machine import Machine, machine
+from pardemo.versions import demand
+
+demand("torch")
+
+from pardemo.launch import RankFailed, Ranks, RankTimeout, Results, launch, report  # noqa: E402
+from pardemo.machine import Machine, machine  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [

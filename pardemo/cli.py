@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
+import math
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .cluster.cli import add_parsers as add_cluster_verbs
+from .launch import RankFailed
 from .parameters import Refused
 
 if TYPE_CHECKING:
@@ -20,32 +28,125 @@ DELEGATED = {
     "plan": "predict step time, memory and layouts for a cluster",
     "score": "score the predictor on published runs",
 }
+# an OSError with one of these is about a path that the user named; others are the machine's
+PATHS = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EEXIST,
+    errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS, errno.EINVAL, errno.EILSEQ,
+)  # fmt: skip
+LONGEST = 2000  # characters of an error's line
+CLEAN_UP = ("bench", "lab", "notebooks")  # verbs that have processes or files to end on SIGTERM
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line: what was wrong, and where help is."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise Refused(f"{message}; see `{self.prog} --help`")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """The arguments, every number among them finite."""
+        found = super().parse_args(args, namespace)
+        for name, value in vars(found).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                self.error(f"argument --{name.replace('_', '-')}: {value} is not a finite number")
+        return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 1 failed, 2 refused, 130 stopped)."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in DELEGATED:
-        return _delegate(words[0], words[1:])
-    arguments = parser().parse_args(words)
+    """Run one command; returns the exit code (0 done, 1 failed, 2 refused, 130 stopped).
+
+    `--debug`, before or after the verb, lets an error through with its traceback.
+    """
+    words, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
+    verb = words[0] if words else ""
     try:
-        return int(arguments.run(arguments) or 0)
-    except KeyboardInterrupt:
-        again = "; the same sweep goes on where it was" if arguments.verb == "bench" else ""
+        with warnings.catch_warnings(), _stopped_by_signals(verb in CLEAN_UP):
+            warnings.showwarning = _note
+            code = _delegate(verb, words[1:]) if verb in DELEGATED else _run(words)
+            sys.stdout.flush()  # a full disk or a closed pipe is found here, not at the exit
+            return code
+    except KeyboardInterrupt as stop:
+        again = "; the same sweep goes on where it was" if verb == "bench" else ""
         print(f"stopped{again}", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        if arguments.debug:
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    except BrokenPipeError:  # `pardemo records | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug:
             raise
-        print(f"pardemo: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        said, code = explain(error)
+        print(f"pardemo{f' {verb}' if verb in DELEGATED else ''}: {said}", file=sys.stderr)
+        return code
 
 
-def parser() -> argparse.ArgumentParser:
+def explain(error: Exception) -> tuple[str, int]:
+    """What to print of an error, and the exit code: 2 for what the user gave, 1 for the rest.
+
+    One line, except for a failed rank, whose own traceback is the answer.
+    """
+    if isinstance(error, RankFailed):
+        return str(error), 1
+    text = " ".join(str(error).split("\nException raised from", 1)[0].split())
+    kind = type(error).__name__
+    if isinstance(error, RecursionError):
+        text, code = "the input is nested too deeply; make it flatter", 2
+    elif isinstance(error, UnicodeError):
+        text, code = f"text that is not UTF-8: {text}", 2
+    elif isinstance(error, OSError) and error.errno in PATHS:
+        where = "" if error.filename is None else f"{os.fspath(error.filename)!r}: "
+        text, code = f"{where}{error.strerror}; check that path", 2
+    elif isinstance(error, ValueError):
+        code = 2
+    elif isinstance(error, OSError | RuntimeError):
+        code = 1
+    elif isinstance(error, MemoryError):
+        text, code = f"out of memory{': ' if text else ''}{text}; choose something smaller", 1
+    else:
+        text, code = f"a fault of pardemo itself, {kind}: {text}; --debug shows where", 1
+    return (text or f"{kind} without a message; --debug shows where")[:LONGEST], code
+
+
+def _without_debug(words: list[str]) -> tuple[list[str], bool]:
+    """The words without `--debug`; what follows `--` or `--program` is another program's."""
+    ends = [words.index(mark) for mark in ("--", "--program") if mark in words]
+    mine, theirs = words[: min(ends, default=len(words))], words[min(ends, default=len(words)) :]
+    return [word for word in mine if word != "--debug"] + theirs, "--debug" in mine
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(wanted: bool) -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does: its processes and files are cleared away."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    here = threading.current_thread() is threading.main_thread()
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP) if wanted and here else ():
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(words: list[str]) -> int:
+    arguments = parser().parse_args(words)
+    return int(arguments.run(arguments) or 0)
+
+
+def _note(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as one line, without the source line it came from."""
+    print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def parser() -> Parser:
     """The command line: one verb each, every verb with its own --help."""
-    top = argparse.ArgumentParser(
-        prog="pardemo", description="Measure parallel training in PyTorch, then plan it."
-    )
+    top = Parser(prog="pardemo", description="Measure parallel training in PyTorch, then plan it.")
     top.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_bench(verbs)
@@ -101,17 +202,11 @@ def _add_records(verbs: argparse._SubParsersAction) -> None:
 
 
 def _delegate(verb: str, words: list[str]) -> int:
-    """`plan` and `score` parse their own arguments; here only errors are put in one line."""
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    """`plan` and `score` bring their own arguments."""
     module = importlib.import_module(f"pardemo.predict.{verb}_cli")
-    try:
-        return int(module.main(words) or 0)
-    except (ValueError, RuntimeError, OSError) as error:
-        if debug:
-            raise
-        print(f"pardemo {verb}: {error}", file=sys.stderr)
-        return 2
+    own = Parser(prog=f"pardemo {verb}", description=f"{DELEGATED[verb].capitalize()}.")
+    run = getattr(module, f"run_{verb}")
+    return int(run(module.arguments(own).parse_args(words)) or 0)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -12,11 +13,13 @@ from pathlib import Path
 
 from .notebooks import ROOT
 from .parameters import Refused
+from .versions import misfit
 
 FIRST = "notebooks/00_start_here.ipynb"
 SETTINGS = {
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
+PR_SET_PDEATHSIG = 1
 KERNEL_CONFIG = "c = get_config()\nc.IPKernelApp.log_level = 40\n"
 
 
@@ -50,13 +53,30 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, **{key: str(value) for key, value in paths.items()}}
 
 
+def _end_with_parent() -> None:
+    """In the server's process, before it starts: SIGTERM when `pardemo lab` is gone."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def run(port: int | None = None, browser: bool = True) -> int:
-    """Open JupyterLab and stay until it ends; returns its exit code."""
+    """Open JupyterLab and stay until it ends; returns its exit code.
+
+    The server ends with this process, also when that is killed: nothing goes on listening.
+    """
+    if port is not None and not 1024 <= port <= 65535:
+        raise Refused(
+            f"--port is 1024 to 65535, not {port}; without it the first free one is taken"
+        )
+    if said := misfit("jupyter-server"):
+        raise Refused(said)
     if not (ROOT / FIRST).exists():
         raise Refused(f"{ROOT / FIRST} is missing: run pardemo lab from a clone of the repository")
     with tempfile.TemporaryDirectory(prefix="pardemo-lab-") as folder:
         server = subprocess.Popen(
-            command(port, browser), env=environment(Path(folder)), cwd=str(ROOT)
+            command(port, browser),
+            env=environment(Path(folder)),
+            cwd=str(ROOT),
+            preexec_fn=_end_with_parent,
         )
         try:
             return server.wait()

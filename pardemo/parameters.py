@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ast
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+SHOWN = 100  # characters of a wrong value in an error's line
+LARGEST = 1e18  # no parameter means more; larger ones overflow further in
 
 
 class Refused(ValueError):
@@ -41,21 +44,27 @@ class Parameter:
         for kind in (kind for kind in kinds if kind != "None"):
             try:
                 return _convert(kind, given)
-            except (ValueError, SyntaxError):
-                continue
+            except (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError):
+                continue  # what int(), float() and literal_eval() raise for odd input
         raise self._misfit(given)
 
     def _misfit(self, given: Any) -> Refused:
         return Refused(
-            f"parameter {self.name} takes {self.type} (default {self.default}), not {given!r}"
+            f"parameter {self.name} takes {self.type} (default {self.default}), not {shown(given)}"
             + (f": {self.help}" if self.help else "")
         )
+
+
+def shown(value: Any) -> str:
+    """A wrong value as it may stand in an error's line: its repr, cut short."""
+    text = repr(value[:SHOWN]) if isinstance(value, str) else reprlib.repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def nearest(wrong: str, known: Iterable[str]) -> str:
     """A sentence that offers the known name nearest to a wrong one, or lists them all."""
     known = sorted(known)
-    close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(wrong)[:SHOWN], known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
 
 
@@ -63,7 +72,7 @@ def validate(given: Mapping[str, Any], known: Mapping[str, Parameter], where: st
     """The given parameters, converted; Refused for a name or a value that does not fit."""
     for name in given:
         if name not in known:
-            raise Refused(f"{where} has no parameter {name!r}; {nearest(name, known)}")
+            raise Refused(f"{where} has no parameter {shown(name)}; {nearest(name, known)}")
     return {name: known[name].value(value) for name, value in given.items()}
 
 
@@ -92,8 +101,11 @@ def _convert(kind: str, given: Any) -> Any:
     if kind in ("int", "float"):
         if isinstance(given, bool) or (kind == "int" and isinstance(given, float)):
             raise ValueError(given)
-        return int(given) if kind == "int" else float(given)
-    if not isinstance(given, str):
+        number = int(given) if kind == "int" else float(given)
+        if not -LARGEST <= number <= LARGEST:  # not a number is not between them either
+            raise ValueError(given)
+        return number
+    if not isinstance(given, str) or not given.isprintable():
         raise ValueError(given)
     return given
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import Any
 import yaml
 
 from . import notebooks
-from .parameters import Refused, nearest, validate
+from .parameters import Refused, nearest, shown, validate
 
 KEYS = ("benchmark", "parameters", "grid")
 MOST_CASES = 500
+LARGEST = 100_000  # characters of a sweep file
 LONGEST = 110  # characters of a case's name
 
 
@@ -57,24 +59,37 @@ class Sweep:
 
 def load(path: Path) -> Sweep:
     """Read and check a sweep file; Refused says what is wrong before anything runs."""
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refused(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        said = " ".join(str(error).split())
-        raise Refused(f"{path} is not a YAML file of plain values: {said}") from error
+    document = _document(path)
     if not isinstance(document, Mapping):
         raise Refused(f"{path} must be a mapping with benchmark, parameters and grid")
     for key in document:
         if key not in KEYS:
-            raise Refused(f"{path}: unknown key {key!r}; {nearest(str(key), KEYS)}")
+            raise Refused(f"{path}: unknown key {shown(key)}; {nearest(str(key), KEYS)}")
     if not isinstance(document.get("benchmark"), str):
         raise Refused(f"{path}: benchmark must name one of {', '.join(benchmarks())}")
     fixed, grid = document.get("parameters") or {}, document.get("grid") or {}
     if not isinstance(fixed, Mapping) or not isinstance(grid, Mapping):
         raise Refused(f"{path}: parameters and grid must be mappings of names to values")
     return Sweep(str(path), tuple(_cases(document["benchmark"], fixed, grid, path)))
+
+
+def _document(path: Path) -> Any:
+    """What the file says; Refused for what is not plain, short YAML."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise Refused(f"{path} is longer than {LARGEST:,} characters: that is no sweep")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise Refused(f"{path} has an alias (*name), which a sweep does not need: write it out")
+        return yaml.safe_load(text)
+    except OSError as error:
+        raise Refused(f"cannot read {path}: {error.strerror}") from error
+    except Refused:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2020-99-99
+        said = " ".join(str(error).split())[:300]
+        raise Refused(f"{path} is not a YAML file of plain values: {said}") from error
 
 
 def benchmarks() -> list[str]:
@@ -94,12 +109,15 @@ def _cases(
 ) -> list[Case]:
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise Refused(f"{path}: grid {name!r} must be a list of values, not {values!r}")
+            raise Refused(
+                f"{path}: grid {shown(name)} must be a list of values, not {shown(values)}"
+            )
         if name in fixed:
-            raise Refused(f"{path}: {name!r} is both a parameter and on the grid")
-    combinations = list(itertools.product(*grid.values()))
-    if len(combinations) > MOST_CASES:
-        raise Refused(f"{path}: {len(combinations)} cases; at most {MOST_CASES} in one sweep")
+            raise Refused(f"{path}: {shown(name)} is both a parameter and on the grid")
+    count = math.prod(map(len, grid.values()))
+    if count > MOST_CASES:
+        raise Refused(f"{path}: {count:,} cases; at most {MOST_CASES} in one sweep")
+    combinations = itertools.product(*grid.values())
     cases = [
         checked(benchmark, {**fixed, **dict(zip(grid, values, strict=True))})
         for values in combinations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,7 +56,9 @@ def workload(name: str, batch_size: int | None = None) -> Workload:
     else:
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"built in are {', '.join(names())}"
-        raise ValueError(f"no workload is called {name!r}; {hint} Your own: 'package.module:name'.")
+        raise ValueError(
+            f"no workload is called {name[:80]!r}; {hint} (your own: 'package.module:name')"
+        )
     return found if batch_size is None else replace(found, batch_size=batch_size)
 
 
@@ -142,12 +145,15 @@ _MAKERS: dict[str, Callable[[], Workload]] = {
 
 def _own(name: str) -> Workload:
     """A workload from the user's callable; errors say which part of its answer is wrong."""
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
+        raise ValueError(f"{name[:80]!r} is not package.module:name, a callable of yours")
     module_name, _, attribute = name.partition(":")
     try:
         make = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name!r} cannot be loaded: {error}") from error
-    answer = make()
+        answer = make()
+    except (Exception, SystemExit) as error:  # whatever the user's module does
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name!r} cannot be loaded: {told}") from error
     if not (isinstance(answer, tuple) and len(answer) == 3):
         raise ValueError(f"{name} must return (model, loss, batch), got {type(answer).__name__}")
     model, loss, batch = answer

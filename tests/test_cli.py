@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pardemo import cli, lab, notebooks, records
+from pardemo import cli, lab, notebooks, records, versions
 from pardemo.records import Sample
 
 
@@ -46,26 +47,59 @@ def test_machine_prints_the_card(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cores" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("bench", "stategies"), "did you mean 'strategies'"),
-        (("bench", "strategies", "-p", "modle", "mlp"), "did you mean 'model'"),
-        (("bench", "strategies", "-p", "rounds", "many"), "parameter rounds takes int"),
-        (("bench", "strategies", "-p", "rounds", "8", "-p", "rounds", "9"), "given twice"),
-        (("bench", "strategies", "--sweep", "x.yml"), "not both"),
-        (("bench", "--sweep", "missing.yml"), "cannot read missing.yml"),
-        (("notebooks", "99_nothing"), "no notebook '99_nothing'"),
-        (("records",), "no records in results"),
-        (("compare", "last-1", "last"), "no records in results"),
-    ],
-)
+BAD = [
+    ("", "arguments are required: VERB"),
+    ("mesure", "invalid choice: 'mesure'"),
+    ("bench stategies", "did you mean 'strategies'"),
+    ("bench strategies -p modle mlp", "did you mean 'model'"),
+    ("bench strategies -p rounds many", "parameter rounds takes int"),
+    ("bench strategies -p rounds 9999999999999999999", "parameter rounds takes int"),
+    ("bench strategies -p seconds nan", "not 'nan'"),
+    ("bench strategies -p rounds 8 -p rounds 9", "given twice"),
+    ("bench strategies -p rounds", "-p: expected 2 arguments; see `pardemo bench --help`"),
+    ("bench strategies --sweep x.yml", "not both"),
+    ("bench --sweep missing.yml", "cannot read missing.yml"),
+    ("bench ../notebooks/04_ddp", "no notebook"),
+    ("notebooks 99_nothing", "no notebook '99_nothing'"),
+    ("notebooks --mok", "unrecognized arguments: --mok"),
+    ("records", "no records in results"),
+    ("records --results /dev/null", "no records in /dev/null"),
+    ("compare last-1 last", "no records in results"),
+    ("compare a b --threshold nan", "nan is not a finite number"),
+    ("compare a", "the following arguments are required: B"),
+    ("lab --port eighty", "invalid int value: 'eighty'"),
+    ("lab --port 80", "--port is 1024 to 65535, not 80"),
+    ("nodes up --count 99", "1 to 32 nodes, not 99"),
+    ("nodes up --rate fast", "'fast'"),
+    ("nodes run 0", "say what to run"),
+    ("nodes sideways", "invalid choice: 'sideways'"),
+    ("doctor --nodes here", "host:port"),
+    ("doctor --this 3", "--this"),
+    ("doctor --timeout-s inf", "inf is not a finite number"),
+    ("cluster template slrum", "did you mean 'slurm'"),
+    ("cluster template slurm --name $(id)", "name must be"),
+    ("run --folder x --strategy dpd", "no strategy is called 'dpd'"),
+    ("run --folder x --workload mpl", "did you mean 'mlp'"),
+    ("run --folder x --workload os:nothing", "'os:nothing' cannot be loaded"),
+    ("run --folder x --workload os.path:", "is not package.module:name"),
+    ("run --folder x --steps 0", "steps must be at least 1"),
+    ("plan --model gtp2", "unknown model 'gtp2'"),
+    ("plan --model gpt2 --ranks many", "invalid int value: 'many'; see `pardemo plan --help`"),
+    ("plan --model gpt2 --ranks -4", "--ranks must be at least 1"),
+    ("plan --model gpt2 --cluster nowhere", "no profile nowhere"),
+    ("plan", "arguments are required: --model"),
+    ("score /no/such/file.csv", "cannot be read"),
+    ("score", "arguments are required: file"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), BAD, ids=[line or "nothing" for line, _ in BAD])
 def test_bad_input_is_one_line_and_exit_code_two(
-    words: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    line: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    assert run(*words) == 2
+    assert run(*line.split(" ") if line else ()) == 2
     told = capsys.readouterr().err
     assert said in told
     assert len(told.strip().splitlines()) == 1
@@ -73,10 +107,83 @@ def test_bad_input_is_one_line_and_exit_code_two(
     assert list(tmp_path.iterdir()) == [], "nothing was written"
 
 
-def test_debug_shows_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("line", ["--debug records", "records --debug", "score --debug /no/file"])
+def test_debug_shows_the_rest_wherever_it_stands(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="no records"):
-        run("--debug", "records")
+    with pytest.raises(ValueError, match=r"no records|cannot be read"):
+        run(*line.split())
+
+
+def test_debug_of_another_program_is_left_to_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("cluster", "template", "torchrun", "--program", "train.py", "--debug") == 0
+    assert "train.py --debug" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "code"),
+    [
+        (ValueError("wrong"), "wrong", 2),
+        (RecursionError("depth"), "the input is nested too deeply", 2),
+        (IsADirectoryError(21, "Is a directory", "x"), "'x': Is a directory; check that path", 2),
+        (OSError(28, "No space left"), "[Errno 28] No space left", 1),
+        (RuntimeError("a\nb\nException raised from c10"), "a b", 1),
+        (MemoryError(), "out of memory; choose something smaller", 1),
+        (TypeError("slip"), "a fault of pardemo itself, TypeError: slip; --debug shows", 1),
+        (ValueError(), "ValueError without a message", 2),
+    ],
+)
+def test_every_error_is_one_line_that_says_whose_it_is(
+    error: Exception, said: str, code: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def broken(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_machine", broken)
+    assert run("machine") == code
+    told = capsys.readouterr().err
+    assert told.startswith(f"pardemo: {said}")
+    assert len(told.splitlines()) == 1
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    shell = subprocess.Popen(
+        [sys.executable, "-m", "pardemo", "plan", "--model", "gpt2", "--rows", "2000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert shell.stdout is not None
+    assert shell.stderr is not None
+    shell.stdout.readline()
+    shell.stdout.close()
+    assert shell.stderr.read() == ""
+    assert shell.wait(timeout=60) == 141
+
+
+@pytest.mark.parametrize("start", ["-m pardemo machine", "-c import(pardemo)"])
+def test_a_torch_that_does_not_fit_is_refused_with_wanted_and_found(
+    start: str, tmp_path: Path
+) -> None:
+    """Another torch's metadata lies first on the path; nothing is patched."""
+    (tmp_path / "torch-2.9.1.dist-info").mkdir()
+    (tmp_path / "torch-2.9.1.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.9.1\n")
+    done = subprocess.run(
+        [sys.executable, *start.replace("import(pardemo)", "import\tpardemo").split(" ")],
+        capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(notebooks.ROOT)])},
+    )  # fmt: skip
+    lines = done.stderr.splitlines()
+    assert "pardemo needs torch >=2.13, found 2.9.1; `make setup`" in lines[-1]
+    if start.startswith("-m"):
+        assert (done.returncode, len(lines)) == (2, 1)
+    else:
+        assert lines[-1].startswith("ImportError: ")
+
+
+def test_versions_that_fit_or_are_not_asked_for_are_let_through() -> None:
+    assert versions.misfit("torch") == versions.misfit("jupyter-server") == ""
+    assert versions.misfit("a-package-nobody-asks-for") == ""
 
 
 def test_parameters_of_a_benchmark_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,15 +223,11 @@ def test_compare_exits_one_on_a_regression_beyond_the_threshold(
     assert "ddp: faster" in capsys.readouterr().out
 
 
-def test_plan_and_score_are_predicts_own_and_keep_the_one_line_rule(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_plan_and_score_are_predicts_own(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         run("plan", "--help")
     assert stop.value.code == 0
     assert "--model" in capsys.readouterr().out
-    assert run("score", "/no/such/file.csv") == 2
-    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_lab_listens_on_loopback_keeps_its_token_and_opens_lesson_00(tmp_path: Path) -> None:

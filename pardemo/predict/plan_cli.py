@@ -11,6 +11,7 @@ from pardemo.predict.layouts import Plan, layouts
 from pardemo.predict.model import MODELS, Cluster, Transformer, model
 from pardemo.predict.profile import load, shipped
 
+MOST_RANKS = 1_000_000
 SIZES = ("layers", "hidden", "heads", "ffn", "vocab", "seq", "kv_heads", "experts", "top_k")
 
 
@@ -60,21 +61,26 @@ def make_plan(options: argparse.Namespace) -> Plan:
     if not name or not count.isdigit():
         name, count = str(options.cluster), ""
     profile = load(name)
-    ranks = options.ranks or int(count or profile.per_node)
-    if ranks < 1:
-        raise ValueError(f"--ranks must be at least 1, got {ranks}")
-    memory = (options.memory_gb or profile.memory_bytes / 1e9) * 1e9
+    ranks = int(count or profile.per_node) if options.ranks is None else options.ranks
+    memory_gb = profile.memory_bytes / 1e9 if options.memory_gb is None else options.memory_gb
+    if not 1 <= ranks <= MOST_RANKS:
+        raise ValueError(f"--ranks must be at least 1 and at most {MOST_RANKS:,}, got {ranks}")
+    if not 0 < memory_gb <= 1e6:
+        raise ValueError(f"--memory-gb must be above 0 and at most 1e6, got {memory_gb}")
+    for name, least in (("rows", 1), ("global_batch", 0)):
+        if not least <= getattr(options, name) <= MOST_RANKS:
+            said = f"at least {least} and at most {MOST_RANKS:,}"
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be {said}, got {getattr(options, name)}"
+            )
+    memory = memory_gb * 1e9
     cluster = Cluster(ranks, profile.per_node, memory, profile.name, name=f"{ranks} ranks")
     return layouts(parse_model(options.model), cluster, options.global_batch, profile)
 
 
 def run_plan(options: argparse.Namespace) -> int:
     """Print the table, the best layout's terms, and which to measure; 1 when nothing fits."""
-    try:
-        plan = make_plan(options)
-    except ValueError as error:
-        print(f"pardemo plan: {error}", file=sys.stderr)
-        return 2
+    plan = make_plan(options)
     print(plan.table(options.rows))
     if not plan.choices:
         return 1
@@ -91,11 +97,16 @@ def run_plan(options: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command by itself."""
+    """The command by itself; 2 for options that cannot be meant."""
     parser = argparse.ArgumentParser(
         prog="pardemo plan", description="Rank the layouts of a model on a cluster."
     )
-    return run_plan(arguments(parser).parse_args(argv))
+    options = arguments(parser).parse_args(argv)
+    try:
+        return run_plan(options)
+    except ValueError as error:
+        print(f"pardemo plan: {error}", file=sys.stderr)
+        return 2
 
 
 __all__ = ["arguments", "main", "make_plan", "parse_model", "run_plan"]

@@ -24,12 +24,8 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def run_score(options: argparse.Namespace) -> int:
-    """Print the report and, as the last line, the JSON document; 2 for a file that is no good."""
-    try:
-        found = score(options.file, options.calibrate_rows, options.seed)
-    except TableError as error:
-        print(f"pardemo score: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    """Print the report and, as the last line, the JSON document; TableError for a bad file."""
+    found = score(options.file, options.calibrate_rows, options.seed)
     text = repr(found)
     if options.brief:
         text = "\n".join(x for x in text.splitlines() if not x.startswith(("    ", "  constants")))
@@ -39,9 +35,14 @@ def run_score(options: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command by itself."""
+    """The command by itself; 2 for a file that is no good."""
     parser = argparse.ArgumentParser(
         prog="pardemo score",
         description="Predict a table of published runs and print the errors.",
     )
-    return run_score(arguments(parser).parse_args(argv))
+    options = arguments(parser).parse_args(argv)
+    try:
+        return run_score(options)
+    except TableError as error:
+        print(f"pardemo score: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
