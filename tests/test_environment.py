@@ -28,6 +28,8 @@ CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())
 
 def conda_packages() -> dict[str, Requirement]:
     lines = [line for line in CONDA["dependencies"] if isinstance(line, str)]
+    (pip,) = [line["pip"] for line in CONDA["dependencies"] if isinstance(line, dict)]
+    lines += [line for line in pip if not line.startswith("-")]
     return {Requirement(line).name: Requirement(line) for line in lines}
 
 

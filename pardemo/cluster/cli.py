@@ -136,7 +136,7 @@ def _cluster(verbs: Any) -> None:
     made = actions.add_parser(
         "template", help="print one: cluster template slurm --nodes 4 --program train.py --lr 0.1"
     )
-    made.add_argument("kind", help="slurm, torchrun, kubernetes or kubeflow")
+    made.add_argument("kind", help="slurm, torchrun, kubernetes, jobset or kubeflow")
     made.add_argument("--nodes", type=int, default=2)
     made.add_argument("--gpus-per-node", type=int, default=8, help="0: one rank of CPU per node")
     made.add_argument("--cpus-per-rank", type=int, default=4)

@@ -1,4 +1,4 @@
-"""Scripts and manifests for the engines people have: Slurm, plain torchrun, Kubernetes, Kubeflow.
+"""Scripts and manifests for the engines people have: Slurm, plain torchrun, Kubernetes in 3 ways.
 
 Every value is checked against an allow-list before it is written, what reaches a shell is quoted,
 and manifests are dumped from data, never pasted together. They start torchrun, which starts the
@@ -12,10 +12,8 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import yaml
-
+from pardemo.cluster import manifests
 from pardemo.parameters import Refused, nearest
 
 RULES = {
@@ -87,7 +85,7 @@ class Plan:
 
 
 def template(kind: str, plan: Plan) -> str:
-    """The script or manifest of `kind` (slurm, torchrun, kubernetes, kubeflow), ready to use."""
+    """The script or manifest of `kind`, one of KINDS, ready to use."""
     if kind not in KINDS:
         raise Refused(f"no template {kind!r}; {nearest(kind, KINDS)}")
     return KINDS[kind](plan)
@@ -165,84 +163,7 @@ def _torchrun(plan: Plan) -> str:
     )
 
 
-def _kubernetes(plan: Plan) -> str:
-    """A headless Service, so that pods find each other by name, and an Indexed Job."""
-    labels = {"app": plan.name}
-    command = [
-        plan.python, "-m", "torch.distributed.run", f"--nnodes={plan.nodes}",
-        f"--nproc-per-node={plan.ranks_per_node}", "--node-rank=$(JOB_COMPLETION_INDEX)",
-        f"--master-addr={plan.name}-0.{plan.name}", f"--master-port={plan.port}", *plan.words,
-    ]  # fmt: skip
-    container: dict[str, Any] = {
-        "name": "trainer", "image": plan.image, "command": command, "env": _environment(plan),
-        "ports": [{"containerPort": plan.port}], "resources": _resources(plan),
-        "volumeMounts": [
-            {"name": "shm", "mountPath": "/dev/shm"}, {"name": "shared", "mountPath": plan.folder}
-        ],
-    }  # fmt: skip
-    pod = {
-        "subdomain": plan.name, "restartPolicy": "Never", "containers": [container],
-        "volumes": [
-            {"name": "shm", "emptyDir": {"medium": "Memory"}},
-            {"name": "shared", "persistentVolumeClaim": {"claimName": plan.name}},
-        ],
-    }  # fmt: skip
-    service = {
-        "apiVersion": "v1", "kind": "Service", "metadata": {"name": plan.name},
-        "spec": {"clusterIP": "None", "selector": labels, "publishNotReadyAddresses": True,
-                 "ports": [{"name": "rendezvous", "port": plan.port}]},
-    }  # fmt: skip
-    job = {
-        "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": plan.name},
-        "spec": {
-            "completions": plan.nodes, "parallelism": plan.nodes, "completionMode": "Indexed",
-            "backoffLimit": 3 * plan.nodes,
-            "template": {"metadata": {"labels": labels}, "spec": pod},
-        },
-    }  # fmt: skip
-    said = (
-        f"# {plan.nodes} pods x {plan.ranks_per_node} ranks: kubectl apply -f THIS_FILE\n"
-        "# Validated against the Kubernetes schema, not run. The claim named below must exist and\n"
-        "# be shared (ReadWriteMany). /dev/shm is in memory: the default of 64 MB is too small.\n"
-    )
-    return said + yaml.safe_dump_all([service, job], sort_keys=False)
-
-
-def _kubeflow(plan: Plan) -> str:
-    """A TrainJob of Kubeflow Trainer v2 with its torch-distributed runtime."""
-    manifest = {
-        "apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJob",
-        "metadata": {"name": plan.name},
-        "spec": {
-            "runtimeRef": {"name": "torch-distributed"},
-            "trainer": {
-                "image": plan.image, "numNodes": plan.nodes, "numProcPerNode": plan.ranks_per_node,
-                "command": ["torchrun", *plan.words], "env": _environment(plan),
-                "resourcesPerNode": _resources(plan),
-            },
-        },
-    }  # fmt: skip
-    said = (
-        "# For a cluster with Kubeflow Trainer v2: kubectl apply -f THIS_FILE. Not run here.\n"
-        "# The runtime torch-distributed tells torchrun the nodes and where they meet.\n"
-    )
-    return said + yaml.safe_dump(manifest, sort_keys=False)
-
-
-def _environment(plan: Plan) -> list[dict[str, str]]:
-    pairs = {"OMP_NUM_THREADS": str(plan.cpus_per_rank)}
-    if plan.interface:
-        pairs |= {"GLOO_SOCKET_IFNAME": plan.interface, "NCCL_SOCKET_IFNAME": plan.interface}
-    return [{"name": name, "value": value} for name, value in pairs.items()]
-
-
-def _resources(plan: Plan) -> dict[str, Any]:
-    limits = {"cpu": str(plan.cpus_per_rank * plan.ranks_per_node)}
-    if plan.gpus_per_node:
-        limits["nvidia.com/gpu"] = str(plan.gpus_per_node)
-    return {"limits": limits}
-
-
 KINDS: dict[str, Callable[[Plan], str]] = {
-    "slurm": _slurm, "torchrun": _torchrun, "kubernetes": _kubernetes, "kubeflow": _kubeflow
+    "slurm": _slurm, "torchrun": _torchrun, "kubernetes": manifests.kubernetes,
+    "jobset": manifests.jobset, "kubeflow": manifests.kubeflow,
 }  # fmt: skip

@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
+from kubeflow_trainer_api import models as trainer_models
 
 from pardemo.cluster.templates import KINDS, Plan, template
 from pardemo.parameters import Refused
@@ -92,12 +95,48 @@ def test_manifests_say_what_was_asked_for() -> None:
     )
 
 
-def test_manifests_fit_the_published_schema() -> None:
-    validate = pytest.importorskip(
-        "kubernetes_validate", reason="pip install kubernetes-validate to check against the schema"
-    )
-    for manifest in yaml.safe_load_all(template("kubernetes", Plan(nodes=3))):
-        validate.validate(manifest, "1.30", strict=True)
+def problems(manifest: dict[str, Any]) -> list[str]:
+    """What the published schema of this kind of manifest has against it."""
+    if manifest["kind"] in ("Service", "Job"):
+        try:
+            kubernetes_validate.validate(manifest, "1.37", strict=True)
+        except kubernetes_validate.ValidationError as error:
+            return [str(error)]
+        return []
+    name = {"JobSet": "JobsetV1alpha2JobSet", "TrainJob": "TrainerV1alpha1TrainJob"}
+    try:
+        known = getattr(trainer_models, name[manifest["kind"]]).from_dict(manifest)
+    except ValueError as error:
+        return [str(error)]
+    return [] if known.to_dict() == manifest else ["it has fields that the schema does not know"]
+
+
+@pytest.mark.parametrize("kind", ["kubernetes", "jobset", "kubeflow"])
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_manifests_fit_the_published_schema_and_wrong_ones_do_not(kind: str, gpus: int) -> None:
+    plan = Plan(nodes=3, gpus_per_node=gpus, interface="eth0", program=("x.py", "--a"))
+    for manifest in yaml.safe_load_all(template(kind, plan)):
+        assert problems(manifest) == []
+        assert problems({**manifest, "spec": {**manifest["spec"], "paralelism": 2}})
+        key = "ports" if manifest["kind"] == "Service" else next(iter(manifest["spec"]))
+        assert problems({**manifest, "spec": {**manifest["spec"], key: 3.5}})
+
+
+def test_pods_of_a_jobset_meet_at_the_first_and_restart_together() -> None:
+    (manifest,) = yaml.safe_load_all(template("jobset", Plan(nodes=3, name="seven")))
+    (job,) = manifest["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert (spec["completions"], spec["backoffLimit"]) == (3, 0)
+    assert manifest["spec"]["failurePolicy"]["maxRestarts"] > 0
+    command = spec["template"]["spec"]["containers"][0]["command"]
+    assert "--master-addr=seven-node-0-0.seven" in command
+    assert "--node-rank=$(JOB_COMPLETION_INDEX)" in command
+
+
+@pytest.mark.parametrize("kind", ["kubernetes", "jobset", "kubeflow"])
+def test_kubernetes_replaces_nothing_in_the_program(kind: str) -> None:
+    text = template(kind, Plan(program=("x.py", "$(JOB_COMPLETION_INDEX)")))
+    assert "- $$(JOB_COMPLETION_INDEX)" in text
 
 
 def test_the_command_prints_the_template() -> None:
