@@ -14,6 +14,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from . import notebooks, page, records
+from .cluster import cells, world
 from .machine import machine
 from .parameters import Refused
 from .sweep import Case, Sweep
@@ -25,8 +26,14 @@ def run(cases: Sequence[Case], results: Path, sweep: Sweep | None = None) -> int
     """Run every case, print its table, write the report; returns the exit code.
 
     A sweep that was interrupted goes on with the cases that have no row yet. One case at a time:
-    benchmarks in parallel would time each other.
+    benchmarks in parallel would time each other. Under torchrun or srun rank 0 does this, over all
+    of the world's ranks; the others serve it and return 0.
     """
+    with world.joined() as rank:
+        return 0 if rank else _run(cases, results, sweep)
+
+
+def _run(cases: Sequence[Case], results: Path, sweep: Sweep | None) -> int:
     held = records.holder()
     if held:
         raise records.Busy(f"{held}; wait for it to end, or stop it")
@@ -80,11 +87,13 @@ def _all(
 def _one(case: Case, output: Path, results: Path) -> NotebookNode:
     """Execute one benchmark; its kernel may import the user's own modules from here."""
     path = notebooks.find(case.benchmark, "benchmarks")
-    given = dict(case.given)
-    if "results" in notebooks.parameters(path):
+    given, known = dict(case.given), notebooks.parameters(path)
+    if "results" in known:
         given.setdefault("results", str((results / "pardemo.sqlite").resolve()))
     try:
         with _importable(Path.cwd()):
+            if world.driving():  # a kernel would be no rank of torchrun's
+                return cells.execute(path, output, world.counts(known) | given)
             return notebooks.execute(path, output, given)
     finally:
         if output.exists():

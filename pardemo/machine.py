@@ -8,11 +8,13 @@ import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 BUSY_PSI = 10.0  # percent of the last 10 s in which some task waited for a core
+_world: dict[str, Any] = {}  # the nodes this process's ranks are spread over, once they are known
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Machine:
     `devices` counts what a strategy may be spread over: GPUs where there are any, else cores.
     `load` is the 1-minute load average, `waiting` the share of the last 10 s (percent) in which
     some task waited for a core (Linux pressure stall information; None where the kernel has none).
+    `nodes` are the cards of all nodes where torchrun or Slurm joined several, `elsewhere` the
+    devices of those that are other machines than this one.
     """
 
     cpu: str
@@ -36,11 +40,13 @@ class Machine:
     links: str
     backend: str
     compiler: bool
+    nodes: tuple[str, ...] = ()
+    elsewhere: int = 0
 
     @property
     def devices(self) -> int:
         """Ranks that can run at the same time without sharing a device."""
-        return len(self.gpus) or self.cores
+        return (len(self.gpus) or self.cores) + self.elsewhere
 
     @property
     def device_type(self) -> str:
@@ -56,7 +62,7 @@ class Machine:
                 "no GPU: ranks are CPU cores and gloo carries the data, so bytes, schedules, "
                 "memory and correctness are real, and times are those of a CPU"
             )
-        elif len(self.gpus) == 1:
+        elif self.devices == 1:
             said.append("one GPU: no GPU-to-GPU transfer can be measured")
         said.append(
             f"{self.devices} device{'s' if self.devices > 1 else ''}: more ranks than that share "
@@ -83,6 +89,8 @@ class Machine:
             f"{self.threads} intra-op threads in this process",
             f"load     {self.load:.2f}{waiting}",
         ]
+        if len(self.nodes) > 1:
+            lines.append(f"nodes    {len(self.nodes)}, {self.devices} devices in all; this is one")
         lines += [f"limits   {said}" for said in self.limits]
         lines += [f"WARNING  {said}" for said in self.trust()]
         return "\n".join(lines)
@@ -109,7 +117,13 @@ def machine() -> Machine:
         links=_links(len(gpus)),
         backend="nccl" if gpus and dist.is_nccl_available() else "gloo",
         compiler=_has_compiler(),
+        **_world,
     )
+
+
+def spread_over(nodes: tuple[str, ...], elsewhere: int) -> None:
+    """Tell this process's cards that ranks live on several nodes (see Machine)."""
+    _world.update(nodes=nodes, elsewhere=elsewhere)
 
 
 @functools.cache

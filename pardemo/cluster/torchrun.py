@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,11 +32,12 @@ _PR_SET_PDEATHSIG = 1
 def command(
     program: Sequence[str], nprocs: int, log_dir: str | Path, *, max_restarts: int = 0,
     nnodes: int = 1, node_rank: int = 0, master_addr: str = "127.0.0.1", master_port: int = 29500,
-    shutdown_timeout_s: int = 5,
+    shutdown_timeout_s: int = 5, join_timeout_s: int = 120,
 ) -> list[str]:  # fmt: skip
     """The argv of `torchrun ... program`: static rendezvous, logs inside `log_dir`.
 
-    On one node the agent picks a free port itself and `master_port` is not used.
+    On one node the agent picks a free port itself and `master_port` is not used. On several, an
+    agent gives up after `join_timeout_s` without the others (torchrun's own limit is 15 minutes).
     """
     if nprocs < 1 or nnodes < 1 or not 0 <= node_rank < nnodes or max_restarts < 0:
         raise Refused(
@@ -45,7 +47,7 @@ def command(
     meet = ["--standalone"]
     if nnodes > 1:
         meet = [f"--node-rank={node_rank}", f"--master-addr={master_addr}"]
-        meet += [f"--master-port={master_port}"]
+        meet += [f"--master-port={master_port}", f"--rdzv-conf=timeout={join_timeout_s}"]
     return [
         sys.executable, "-m", "torch.distributed.run", f"--nnodes={nnodes}",
         f"--nproc-per-node={nprocs}", *meet, f"--max-restarts={max_restarts}",
@@ -85,6 +87,27 @@ def run_on_nodes(
         subprocess.CompletedProcess(agent.args, agent.returncode, output)
         for agent, output in zip(agents, outputs, strict=True)
     ]
+
+
+REMEDIES = (
+    (r"EADDRINUSE|address already in use",
+     "the port is taken on node 0: choose another --master-port"),
+    (r"client socket has timed out.*?trying to connect to (\([^)]*\))",
+     "nobody answers at {0}: start the agent of node 0, or correct --master-addr; "
+     "`pardemo doctor --nodes ...` on each node says which"),
+    (r"waiting for clients\. (\d+/\d+) clients joined",
+     "{0} agents came: start the others, and look at what they print"),
+    (r"Signal 9 \(SIGKILL\) received by PID (\d+)",
+     "process {0} was killed from outside, as the kernel does when memory runs out"),
+)  # fmt: skip
+
+
+def why(output: str) -> str:
+    """What to do about a failure that torchrun printed; "" where nothing known is in it."""
+    for pattern, remedy in REMEDIES:
+        if found := re.search(pattern, output, re.DOTALL):
+            return remedy.format(*found.groups())
+    return ""
 
 
 def die_with_parent() -> None:

@@ -75,10 +75,11 @@ class Ranks:
             raise RuntimeError(
                 "this already runs on a rank: launch from the notebook or the script"
             )
-        self.in_place = torchrun.active()
+        self.in_place = torchrun.active() and torchrun.driver is None
         self.wanted = nprocs
         self.echo = echo
-        count = max(2, machine().devices) if nprocs is None else nprocs
+        usual = torchrun.driver.world_size if torchrun.driver else max(2, machine().devices)
+        count = usual if nprocs is None else nprocs
         chosen = backend if self.in_place else _backend(backend, count)
         self.setup = Setup(
             count, threads, timeout, _start(start), chosen or "", seed, env or {}, debug
@@ -130,7 +131,9 @@ class Ranks:
         if self._session is None:
             if self._lost:
                 print(f"note: {self.setup.nprocs} new ranks; the state of the old ones is gone")
-            self._session, self._lost = Session(self.setup, self.echo), False
+            driven = torchrun.driver is not None and not callable(self.setup.start)
+            opened = torchrun.driver.session if driven else Session
+            self._session, self._lost = opened(self.setup, self.echo), False
             self._finalizer = weakref.finalize(self, self._session.close)
         return self._session
 
@@ -172,7 +175,7 @@ def _start(start: str) -> str:
 def _backend(backend: str | None, nprocs: int) -> str:
     if nprocs < 1:
         raise ValueError(f"nprocs must be at least 1, not {nprocs}")
-    if backend in (None, "nccl") and nprocs <= len(machine().gpus):
+    if backend in (None, "nccl") and machine().gpus and nprocs <= machine().devices:
         return "cpu:gloo,cuda:nccl"
     return backend or "gloo"
 

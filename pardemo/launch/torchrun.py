@@ -19,6 +19,8 @@ from pardemo.launch.results import Results
 from pardemo.launch.servers import in_kernel
 from pardemo.launch.session import Setup
 
+driver: Any = None  # set where this process drives torchrun's world and the others serve it
+
 
 def active() -> bool:
     """Whether a launcher like torchrun started this process as one rank of a world.

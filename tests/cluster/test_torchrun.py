@@ -11,48 +11,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pardemo.cluster import Nodes, torchrun
 from pardemo.cluster.train import Job
 from pardemo.parameters import Refused
+from tests.cluster.agents import PROGRAM, Agent, record
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = ["-m", "pardemo.cluster", "run", "--steps", "40", "--pause-s", "0.05"]
-
-
-class Agent:
-    """A torchrun agent under test and what it prints; ended, with its workers, by `end`."""
-
-    def __init__(self, folder: Path, environment: dict[str, str], **how: Any) -> None:
-        argv = torchrun.command([*PROGRAM, "--folder", str(folder)], 2, folder / "logs", **how)
-        self.process = subprocess.Popen(
-            argv, cwd=ROOT, env={**os.environ, **environment}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-
-    def until(self, words: str) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if words in line:
-                return
-        pytest.fail(f"torchrun ended before it printed {words!r}")
-
-    def workers(self) -> list[int]:
-        found = []
-        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
-            found += [int(pid) for pid in (task / "children").read_text().split()]
-        return found
-
-    def end(self) -> tuple[int, str]:
-        try:
-            output = self.process.communicate(timeout=90)[0]
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            output = self.process.communicate()[0]
-        return self.process.returncode, output
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +28,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     job = [*PROGRAM, "--folder", str(folder), "--strategy", "single", "--pause-s", "0"]
     subprocess.run([sys.executable, *job], cwd=ROOT, check=True, timeout=90, capture_output=True)
     return record(folder)["losses"]
-
-
-def record(folder: Path) -> dict[str, Any]:
-    (path,) = folder.glob("record-*.json")
-    return json.loads(path.read_text())
 
 
 def test_a_killed_worker_is_restarted_and_ends_with_the_same_losses(
