@@ -1,36 +1,40 @@
 """Who else used the cores: objective signs that a time was disturbed.
 
 Linux only, from /proc; where a file is missing that sign is simply absent. None of it deletes a
-sample: it labels.
+sample: it labels, and it widens or refuses a ratio that others could have bent (timing.py).
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import platform
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
+SHORTEST_S = 0.2  # counters that tick 100 times a second say nothing about less
+FORGIVEN = 0.05  # of a core: what a tick more or less looks like
+WORTH_SAYING = 0.02  # share of the cores' time below which nothing is said
 
 
 @dataclass(frozen=True)
 class Look:
     """The machine's counters at one moment; the difference of two is what happened between.
 
-    `busy_s` and `stolen_s` add up the cores this process may use, `waited_s` is the time in which
-    some task waited for a core (pressure stall information), None where the kernel has none.
+    `busy_s` and `stolen_s` add up the cores this process may use: what ran on them, and what the
+    hypervisor gave to other guests.
     """
 
     clock_s: float
     busy_s: float
     stolen_s: float
-    waited_s: float | None
-    load: float
 
     def __repr__(self) -> str:
-        return f"load {self.load:.2f}, {self.busy_s:.1f} s busy since the machine started"
+        return f"{self.busy_s:.1f} s busy, {self.stolen_s:.1f} s stolen since the machine started"
 
 
 def look(cores: frozenset[int] | None = None) -> Look:
@@ -43,31 +47,94 @@ def look(cores: frozenset[int] | None = None) -> Look:
             user, nice, system, _idle, _iowait, _irq, _softirq, steal = map(int, fields[:8])
             busy += (user + nice + system) / TICKS
             stolen += steal / TICKS
-    pressure = _lines("/proc/pressure/cpu")
-    waited = float(pressure[0].rsplit("total=", 1)[1]) / 1e6 if pressure else None
-    return Look(time.perf_counter(), busy, stolen, waited, os.getloadavg()[0])
+    return Look(time.perf_counter(), busy, stolen)
 
 
-def reasons(before: Look, after: Look, own_s: float, wanted: float, cores: int) -> list[str]:
-    """Why times measured between two looks are contaminated, in words; empty when they are not.
+def own_cpu_s() -> float:
+    """CPU seconds of this process and of its children that have ended (DataLoader workers)."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime
 
-    own_s: CPU seconds the measured processes themselves used; wanted: cores they need at once.
-    Contaminated means that others left fewer cores than were needed (10 % of a core is forgiven,
-    the clock ticks of /proc/stat are coarse), or that the hypervisor took more than 2 %.
+
+@dataclass(frozen=True)
+class Toll:
+    """What ran on the cores during some work: core seconds; add tolls to pool several pieces.
+
+    own_s is what the measured processes themselves used, so it is never held against them.
     """
-    elapsed = after.clock_s - before.clock_s
-    if elapsed < 0.2:  # too short for counters that tick 100 times a second
-        return []
-    said = []
-    others = max(0.0, (after.busy_s - before.busy_s - own_s) / elapsed)
-    if wanted + others > cores + 0.1:
-        said.append(
-            f"other work kept {others:.2f} of {cores} cores busy while {wanted:g} were needed"
+
+    elapsed_s: float = 0.0
+    busy_s: float = 0.0
+    stolen_s: float = 0.0
+    own_s: float = 0.0
+
+    def __add__(self, other: Toll) -> Toll:
+        return Toll(
+            self.elapsed_s + other.elapsed_s,
+            self.busy_s + other.busy_s,
+            self.stolen_s + other.stolen_s,
+            self.own_s + other.own_s,
         )
-    stolen = (after.stolen_s - before.stolen_s) / elapsed / cores
-    if stolen > 0.02:
-        said.append(f"the hypervisor took {stolen:.0%} of the cores' time")
-    return said
+
+    def others(self) -> float:
+        """Cores that other programs kept busy, on average."""
+        if self.elapsed_s < SHORTEST_S:
+            return 0.0
+        return max(0.0, (self.busy_s - self.own_s) / self.elapsed_s)
+
+    def displaced(self, wanted: float, cores: int) -> float:
+        """Share of the `wanted` cores that other programs left no room for."""
+        return max(0.0, wanted + self.others() - cores - FORGIVEN) / wanted
+
+    def stolen(self, cores: int) -> float:
+        """Share of the cores' time that the hypervisor took."""
+        return self.stolen_s / self.elapsed_s / cores if self.elapsed_s >= SHORTEST_S else 0.0
+
+    def taken(self, wanted: float, cores: int) -> float:
+        """Share of the time of the wanted cores that somebody else had."""
+        return min(1.0, self.displaced(wanted, cores) + self.stolen(cores))
+
+    def reasons(self, wanted: float, cores: int) -> list[str]:
+        """The same in words; empty where others took next to nothing."""
+        said = []
+        if self.displaced(wanted, cores) > WORTH_SAYING:
+            said.append(
+                f"other work kept {self.others():.2f} of {cores} cores busy while {wanted:g} were "
+                "needed"
+            )
+        if self.stolen(cores) > WORTH_SAYING:
+            said.append(f"the hypervisor took {self.stolen(cores):.0%} of the cores' time")
+        return said
+
+
+NO_TOLL = Toll()
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Looks at the machine around some work of a rank, and the CPU time it used meanwhile."""
+
+    own_s: float
+    before: Look
+    after: Look
+    host: str
+
+
+def pooled(spent: Sequence[Spent]) -> Toll:
+    """The toll as the first rank saw it; what all ranks of its machine used is their own."""
+    first = spent[0]
+    return Toll(
+        first.after.clock_s - first.before.clock_s,
+        first.after.busy_s - first.before.busy_s,
+        first.after.stolen_s - first.before.stolen_s,
+        sum(s.own_s for s in spent if s.host == first.host),
+    )
+
+
+@functools.cache
+def host() -> str:
+    """This machine, under one name in all its containers and namespaces."""
+    return "".join(_lines("/proc/sys/kernel/random/boot_id")) or platform.node()
 
 
 class Queue:

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from pardemo.measure.evidence import Queue
+from pardemo.measure.evidence import Queue, Spent, host, look, own_cpu_s
+from pardemo.measure.gate import Gate
 
 Step = Callable[[], object]
 
@@ -54,7 +55,7 @@ class Case:
 class _Prepared:
     case: Case
     step: Step | None = None  # None on ranks that sit this one out
-    group: Any = None
+    gate: Gate = field(default_factory=lambda: Gate(None))
     cores: frozenset[int] = frozenset()
 
 
@@ -63,7 +64,7 @@ class _Session:
     prepared: dict[str, _Prepared]
     cores: dict[int, frozenset[int]]  # thread id -> affinity before the session
     threads: int
-    own_s: float
+    all_cores: frozenset[int]
 
 
 _sessions: dict[str, _Session] = {}
@@ -80,17 +81,28 @@ class Raw:
     switches: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What a rank brings from one variant of one round."""
+
+    warmup: Raw
+    timed: Raw
+    spent: Spent
+
+
 def prepare(session: str, cases: dict[str, Case], warmup: int, pin: bool) -> dict[str, Raw]:
     """Build every case's step and warm it up; returns the (flagged) warm-up samples."""
     cores = sorted(os.sched_getaffinity(0))
-    state = _Session({}, _affinities(), torch.get_num_threads(), time.process_time())
+    state = _Session({}, _affinities(), torch.get_num_threads(), frozenset(cores))
     _sessions[session] = state
     warm: dict[str, Raw] = {}
     for name, case in cases.items():
         mesh = _mesh(case)  # creates groups: every rank of the session takes part
-        entry = _Prepared(case, group=_group(case), cores=_share(case, cores, pin))
+        entry = _Prepared(case, cores=_share(case, cores, pin))
         state.prepared[name] = entry
+        group = _group(case)
         if dist.get_rank() < case.ranks:
+            entry.gate = Gate(group)
             _settle(entry)
             entry.step = case.make(mesh)
             warm[name] = _iterate(entry, warmup)
@@ -100,25 +112,20 @@ def prepare(session: str, cases: dict[str, Case], warmup: int, pin: bool) -> dic
 
 def run_round(
     session: str, order: list[str], iterations: dict[str, int], warmup: int
-) -> dict[str, tuple[Raw, Raw]]:
+) -> dict[str, Taken]:
     """Run the variants in this order; for each, `warmup` flagged iterations and the timed ones."""
     state = _sessions[session]
-    taken: dict[str, tuple[Raw, Raw]] = {}
+    taken: dict[str, Taken] = {}
     for name in order:
         entry = state.prepared[name]
         if entry.step is not None:
             _settle(entry)
-            taken[name] = (
-                _iterate(entry, warmup),
-                _iterate(entry, iterations[name]),
-            )
+            before, used = look(state.all_cores), own_cpu_s()
+            warm, timed = _iterate(entry, warmup), _iterate(entry, iterations[name])
+            spent = Spent(own_cpu_s() - used, before, look(state.all_cores), host())
+            taken[name] = Taken(warm, timed, spent)
         _wait_for_all()  # ranks that sat out slept here: gloo waits without spinning
     return taken
-
-
-def cpu_seconds(session: str) -> float:
-    """CPU time this rank used since the session began, all threads."""
-    return time.process_time() - _sessions[session].own_s
 
 
 def finish(session: str) -> None:
@@ -126,6 +133,8 @@ def finish(session: str) -> None:
     state = _sessions.pop(session, None)
     if state is None:
         return
+    for entry in state.prepared.values():
+        entry.gate.close()
     torch.set_num_threads(state.threads)
     rest = frozenset().union(*state.cores.values())
     for thread in _threads():
@@ -134,12 +143,11 @@ def finish(session: str) -> None:
 
 def _iterate(entry: _Prepared, count: int) -> Raw:
     """`count` samples: barrier, clock, step, clock. Nothing is gathered or synchronised inside."""
-    raw, step, group, queue = Raw(), entry.step, entry.group, Queue()
+    raw, step, gate, queue = Raw(), entry.step, entry.gate, Queue()
     assert step is not None
     timed = _timed_cuda if torch.cuda.is_available() else _timed
     for _ in range(count):
-        if group is not None:
-            dist.barrier(group)  # moves no data
+        gate.wait()
         before = queue.read()
         start, wall = timed(step)
         waited, switches, used = (b - a for a, b in zip(before, queue.read(), strict=True))

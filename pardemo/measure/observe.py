@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pardemo.launch import launch
 from pardemo.machine import Machine, machine
-from pardemo.measure.evidence import look, reasons
+from pardemo.measure.evidence import Spent, host, look, own_cpu_s, pooled
 from pardemo.measure.instruments import COUNTED_STEP, RankRecord, Recorder
 from pardemo.measure.timing import milliseconds
 
@@ -82,17 +82,15 @@ def observe(
     least 6 steps are wanted; two are left out as warm-up and one is used to count bytes. `echo`
     prints what the ranks print.
     """
-    here, before = machine(), look()
+    here = machine()
     results = launch(
         _watched, train, args, kwargs, nprocs=nprocs, threads=threads, timeout=timeout, echo=echo
     )
-    own = sum(cpu for _, cpu in results)
     wanted = min(nprocs * threads, here.cores)
-    load = reasons(before, look(), own, wanted, here.cores)
     return Run(
         tuple(record for record, _ in results),
         here.devices,
-        tuple(load),
+        tuple(pooled([spent for _, spent in results]).reasons(wanted, here.cores)),
         getattr(train, "__name__", "run"),
         here,
     )
@@ -100,12 +98,10 @@ def observe(
 
 def _watched(
     train: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[RankRecord, float]:
-    """Inside a rank: the record, and the CPU seconds used."""
-    import time
-
-    used = time.process_time()
+) -> tuple[RankRecord, Spent]:
+    """Inside a rank: the record, and what this machine and this rank did meanwhile."""
+    before, used = look(), own_cpu_s()
     recorder = Recorder()
     with recorder.attached():
         value = train(*args, **kwargs)
-    return recorder.record(value), time.process_time() - used
+    return recorder.record(value), Spent(own_cpu_s() - used, before, look(), host())

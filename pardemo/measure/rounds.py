@@ -16,8 +16,8 @@ import numpy as np
 from pardemo.launch import Ranks
 from pardemo.machine import Machine, machine
 from pardemo.measure import inside
-from pardemo.measure.evidence import Look, look, reasons
-from pardemo.measure.inside import Case, Raw
+from pardemo.measure.evidence import NO_TOLL, Toll, pooled
+from pardemo.measure.inside import Case, Raw, Taken
 from pardemo.measure.samples import Block, Phase, Samples
 from pardemo.measure.timing import Ratio, Timing, milliseconds
 
@@ -115,10 +115,9 @@ def _run(
     progress: Progress | None,
 ) -> Comparison:
     """Warm up, go round until the plan is met, summarise."""
-    here, clock, before = machine(), time.perf_counter(), look()
-    own_before = time.process_time()
+    here, clock = machine(), time.perf_counter()
     warm = list(ranks(inside.prepare, session, cases, warmup, pin))
-    blocks = [_block(name, -1, 0, "warmup", warm) for name in cases if warmup]
+    blocks = [_block(name, -1, 0, "warmup", _of(warm, name)) for name in cases if warmup]
     counts = _iterations(cases, blocks, plan, iterations)
     shuffler = random.Random(seed)
     done, stopped = 0, ""
@@ -127,30 +126,33 @@ def _run(
         order = shuffler.sample(list(cases), len(cases))
         taken = list(ranks(inside.run_round, session, order, counts, min(2, warmup)))
         for place, name in enumerate(order):
-            for index, phase in enumerate(("warmup", "measure")):
-                if index or warmup:
-                    part = [{n: pair[index] for n, pair in rank.items()} for rank in taken]
-                    blocks.append(_block(name, done, place, phase, part))  # type: ignore[arg-type]
+            found: list[Taken] = _of(taken, name)
+            if warmup:
+                blocks.append(_block(name, done, place, "warmup", [t.warmup for t in found]))
+            toll = pooled([t.spent for t in found])
+            blocks.append(_block(name, done, place, "measure", [t.timed for t in found], toll))
         done += 1
         samples = Samples(tuple(blocks))
-        timings = _summaries(cases, samples, here, session, {})
+        timings = _summaries(cases, samples, here, session)
         stopped = _stop(plan, done, timings, time.perf_counter() - clock)
         if progress is not None:
             progress(done, plan.max_rounds, stopped or _worst(timings))
-    own = sum(ranks(inside.cpu_seconds, session)) + time.process_time() - own_before
-    load = _load(cases, before, own, here)
-    every = tuple(dict.fromkeys(said for reasons_ in load.values() for said in reasons_))
-    timings = _summaries(cases, samples, here, session, load)
-    return Comparison(timings, samples, stopped, every, here)
+    return Comparison(timings, samples, stopped, _load(cases, samples, here), here)
+
+
+def _of(per_rank: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    """What the ranks that take part in this variant brought."""
+    return [taken[name] for taken in per_rank if name in taken]
 
 
 def _block(
-    name: str, number: int, place: int, phase: Phase, per_rank: Sequence[Mapping[str, Raw]]
+    name: str, number: int, place: int, phase: Phase, raws: Sequence[Raw], toll: Toll = NO_TOLL
 ) -> Block:
-    raws = [taken[name] for taken in per_rank if name in taken]
     columns = ("start_s", "wall_s", "waited_s", "worked_s", "switches")
-    arrays: list[Any] = [np.array([getattr(raw, c) for raw in raws]) for c in columns]
-    return Block(name, number, place, phase, *arrays)
+    start, wall, waited, worked, switches = (
+        np.array([getattr(raw, column) for raw in raws]) for column in columns
+    )
+    return Block(name, number, place, phase, start, wall, waited, worked, switches, toll)
 
 
 def _iterations(
@@ -171,37 +173,35 @@ def _iterations(
 
 
 def _summaries(
-    cases: Mapping[str, Case],
-    samples: Samples,
-    here: Machine,
-    session: str,
-    load: Mapping[str, list[str]],
+    cases: Mapping[str, Case], samples: Samples, here: Machine, session: str
 ) -> dict[str, Timing]:
     timings = {}
     for name, case in cases.items():
         cores = here.devices * (case.threads if here.gpus else 1)
+        toll, wanted = samples.toll(name), _wanted(case, here)
         timings[name] = Timing.of(
             samples.rounds(name),
             ranks=case.ranks,
             threads=case.threads,
             cores=cores,
-            load=load.get(name, []),
+            load=toll.reasons(wanted, here.cores),
+            taken=toll.taken(wanted, here.cores),
             label=case.label or name,
             session=session,
         )
     return timings
 
 
-def _load(
-    cases: Mapping[str, Case], before: Look, own_s: float, here: Machine
-) -> dict[str, list[str]]:
-    """Signs of other work during the session, for each case by the cores it wanted."""
-    after = look()
-    said = {}
-    for name, case in cases.items():
-        wanted = 1.0 if here.gpus else min(case.ranks * case.threads, here.cores)
-        said[name] = reasons(before, after, own_s, wanted, here.cores)
-    return said
+def _wanted(case: Case, here: Machine) -> float:
+    """Cores a case needs at once (on GPUs the one that launches kernels)."""
+    return 1.0 if here.gpus else float(min(case.ranks * case.threads, here.cores))
+
+
+def _load(cases: Mapping[str, Case], samples: Samples, here: Machine) -> tuple[str, ...]:
+    """Signs of other work during the session, by the case that wanted most."""
+    whole = sum((samples.toll(name) for name in cases), NO_TOLL)
+    most = max(_wanted(case, here) for case in cases.values())
+    return tuple(whole.reasons(most, here.cores))
 
 
 def _stop(plan: _Plan, done: int, timings: Mapping[str, Timing], spent_s: float) -> str:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pardemo.measure.evidence import NO_TOLL, Toll
+
 Phase = Literal["warmup", "measure"]
 
 
@@ -18,7 +20,8 @@ class Block:
 
     Times in seconds; `start_s` on the host's monotonic clock, which ranks of one host share.
     `round` is -1 for the first warm-up; `order` is the variant's place in its round. `waited_s` is
-    time in the run queue (ready, but no core), `worked_s` CPU time of the rank's main thread.
+    time in the run queue (ready, but no core), `worked_s` CPU time of the rank's main thread,
+    `toll` what ran on the cores meanwhile (warm-up included).
     """
 
     variant: str
@@ -30,6 +33,7 @@ class Block:
     waited_s: NDArray[np.float64]
     worked_s: NDArray[np.float64]
     switches: NDArray[np.int64]
+    toll: Toll = NO_TOLL
 
     @property
     def step_s(self) -> NDArray[np.float64]:
@@ -73,6 +77,10 @@ class Samples:
         """Share of the measured time that ranks spent ready but without a core."""
         blocks = self.of(variant)
         return float(sum(b.waited_s.sum() for b in blocks) / sum(b.wall_s.sum() for b in blocks))
+
+    def toll(self, variant: str) -> Toll:
+        """What ran on the cores while this variant was measured, all rounds together."""
+        return sum((block.toll for block in self.of(variant)), NO_TOLL)
 
     def rows(self) -> Iterable[dict[str, Any]]:
         """One dict per rank and iteration: the raw record."""

@@ -11,11 +11,20 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pardemo.measure import statistics
+from pardemo.measure.evidence import WORTH_SAYING
 
 Status = Literal["ok", "noisy", "contaminated", "oversubscribed"]
 
 NOISY = 0.10  # IQR / median; the two thresholds of torch.utils.benchmark
 CONTAMINATED = 0.25
+
+# What somebody else's share of the cores does to a ratio, from simulated bursts of stolen time
+# (tests/measure/test_disturbance.py). Variants on equally many cores: nothing, the paired interval
+# covers. On differently many: the one with more ranks waits for more unlucky ones, and looks slower
+# by at most that share for each core it has more; so the interval is widened by it.
+TOO_WIDE = 3.0  # high over low end of a ratio's interval: beyond, it says nothing
+DISTURBED = 0.10  # above, a cell is called contaminated
+HOPELESS = 0.25  # above, the machine was too busy for any ratio
 
 
 def milliseconds(seconds: float) -> str:
@@ -33,7 +42,7 @@ class Ratio:
     """One time over another: below 1 the first is faster. `refused` says why it may not be used.
 
     `value` is the ratio of the pooled medians, `lo` and `hi` its 95 % interval; `paired` tells
-    whether rounds were compared with the rounds they were interleaved with.
+    whether rounds were compared with the rounds they were interleaved with, `note` what widened it.
     """
 
     value: float
@@ -43,6 +52,7 @@ class Ratio:
     paired: bool
     names: tuple[str, str] = ("this", "that")
     refused: str = ""
+    note: str = ""
 
     @property
     def different(self) -> bool:
@@ -76,7 +86,7 @@ class Ratio:
         how = "paired rounds" if self.paired else "rounds of separate sessions"
         return (
             f"{words} (time ratio {self.value:.3f}, 95 % interval {self.lo:.3f}-{self.hi:.3f}, "
-            f"{self.rounds} {how})"
+            f"{self.rounds} {how}){'; ' + self.note if self.note else ''}"
         )
 
 
@@ -86,6 +96,7 @@ class Timing:
 
     `iterations` is per round; `samples` keeps every round's times in seconds (maximum over ranks).
     Two timings with the same non-empty `session` were interleaved and are compared round by round.
+    `taken` is the share of the needed core time that others had (None: not known).
     """
 
     median_s: float
@@ -102,6 +113,7 @@ class Timing:
     warnings: tuple[str, ...] = ()
     label: str = ""
     session: str = field(default="", repr=False)
+    taken: float | None = field(default=None, repr=False)
     samples: tuple[tuple[float, ...], ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
@@ -113,18 +125,21 @@ class Timing:
         threads: int = 1,
         cores: int | None = None,
         load: Sequence[str] = (),
+        taken: float | None = None,
         label: str = "",
         session: str = "",
     ) -> Timing:
         """Summarise rounds of times in seconds.
 
-        `cores` (devices on a GPU machine) lets it see oversubscription; `load` holds reasons, in
-        words, why the machine was too busy (see evidence.reasons).
+        `cores` (devices on a GPU machine) lets it see oversubscription; `load` says in words who
+        else used the cores, `taken` how much (evidence.Toll); load of unknown size contaminates.
         """
         arrays = statistics.clean(rounds)
         lo, hi = statistics.interval(arrays)
         p10, p90, iqr_rel = statistics.spread(arrays)
-        status, warnings = _standing(arrays, iqr_rel, ranks * threads, cores, load)
+        if taken is None and load:
+            taken = 1.0
+        status, warnings = _standing(arrays, iqr_rel, ranks * threads, cores, load, taken or 0.0)
         return cls(
             median_s=statistics.pooled_median(arrays),
             lo_s=lo,
@@ -140,6 +155,7 @@ class Timing:
             warnings=warnings,
             label=label,
             session=session,
+            taken=taken,
             samples=tuple(tuple(map(float, a)) for a in arrays),
         )
 
@@ -156,14 +172,18 @@ class Timing:
         paired = bool(self.session) and self.session == other.session
         paired = paired and self.rounds == other.rounds
         fewest = min(self.rounds, other.rounds)
-        refused = _refusal(self, other, names, fewest)
+        refused, note = _refusal(self, other, names, fewest, paired), ""
         if fewest < 2:
             value, lo, hi = self.median_s / other.median_s, math.nan, math.nan
         elif paired:
             value, lo, hi = statistics.paired_ratio(self.samples, other.samples)
         else:
             value, lo, hi = statistics.unpaired_ratio(self.samples, other.samples)
-        return Ratio(value, lo, hi, fewest, paired, names, refused)
+        if not refused:
+            lo, hi, note = _allowance(self, other, lo, hi)
+            if hi / lo > TOO_WIDE:
+                refused = f"the rounds disagree: anywhere between {lo:.2f} and {hi:.2f}"
+        return Ratio(value, lo, hi, fewest, paired, names, refused, note)
 
     def __repr__(self) -> str:
         name = f"{self.label}: " if self.label else ""
@@ -182,7 +202,12 @@ class Timing:
 
 
 def _standing(
-    arrays: list[np.ndarray], iqr_rel: float, wanted: int, cores: int | None, load: Sequence[str]
+    arrays: list[np.ndarray],
+    iqr_rel: float,
+    wanted: int,
+    cores: int | None,
+    load: Sequence[str],
+    taken: float,
 ) -> tuple[Status, tuple[str, ...]]:
     """The label of a cell and the sentences behind it; the gravest label wins."""
     status: Status = "ok"
@@ -192,21 +217,39 @@ def _standing(
     if iqr_rel > NOISY:
         status = "contaminated" if iqr_rel > CONTAMINATED else "noisy"
         said.append(f"IQR/median {iqr_rel:.2f}")
-    if load:
+    said.extend(load)
+    if taken > DISTURBED:
         status = "contaminated"
-        said.extend(load)
     if cores is not None and wanted > cores:
         status = "oversubscribed"
         said.append(f"{wanted} ranks x threads on {cores} devices: no speed-up is claimed from it")
     return status, tuple(said)
 
 
-def _refusal(top: Timing, bottom: Timing, names: tuple[str, str], fewest: int) -> str:
-    """Why this ratio may not be used, or the empty string."""
+def _refusal(top: Timing, bottom: Timing, names: tuple[str, str], fewest: int, paired: bool) -> str:
+    """Why this ratio may not be used, or the empty string.
+
+    A wide spread alone refuses nothing where rounds are paired: the interval carries it.
+    """
     for timing, name in zip((top, bottom), names, strict=True):
-        if timing.status in ("contaminated", "oversubscribed"):
+        hopeless = (timing.taken or 0.0) > HOPELESS
+        if not paired:
+            hopeless |= timing.status == "contaminated"
+        if hopeless or timing.status == "oversubscribed":
+            status = "contaminated" if timing.status != "oversubscribed" else timing.status
             why = "; ".join(timing.warnings)
-            return f"{name} was {timing.status} ({why}), so the ratio would say nothing"
+            return f"{name} was {status} ({why}), so the ratio would say nothing"
     if fewest < statistics.MIN_ROUNDS:
         return f"only {fewest} rounds, and {statistics.MIN_ROUNDS} are needed to say anything"
     return ""
+
+
+def _allowance(top: Timing, bottom: Timing, lo: float, hi: float) -> tuple[float, float, str]:
+    """The interval, widened by what disturbance may have added to the variant with more cores."""
+    more = top.ranks * top.threads - bottom.ranks * bottom.threads
+    taken = max(top.taken or 0.0, bottom.taken or 0.0)
+    if more == 0 or taken <= WORTH_SAYING:
+        return lo, hi, ""
+    factor = 1 + taken * abs(more)
+    note = f"one side widened by {factor - 1:.0%}: others took {taken:.0%} of the cores' time"
+    return (lo / factor, hi, note) if more > 0 else (lo, hi * factor, note)

@@ -23,6 +23,13 @@ def session(
     elif kind == "bursts":  # now and then one cell meets another job
         hit = rng.random(rounds * variants) < 0.08
         z += np.repeat(np.where(hit, np.log(rng.uniform(1.3, 2, hit.size)), 0), iterations)
+    elif kind.startswith("rounds"):  # AR(1) from round to round, whatever happens within
+        rho = float(kind.split()[1])
+        z += np.repeat(0.05 * _autoregressive(rho, rounds, rng), variants * iterations)
+    elif kind == "lognormal":
+        z = 0.3 * rng.normal(size=n)
+    elif kind == "heavy":  # Student's t with 2 degrees of freedom: no variance
+        z = 0.03 * rng.standard_t(2, size=n)
     elif kind == "skewed":
         z = np.log1p(rng.exponential(0.05, n)) - np.log1p(0.05 * np.log(2))
     elif kind != "white":

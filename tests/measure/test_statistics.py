@@ -21,14 +21,20 @@ def coverage(kind: str, **shape: int) -> float:
 
 
 @pytest.mark.parametrize(
-    "kind", ["white", "skewed", "drift", "waves", "weather", "bursts", "memory 0.5", "memory 0.9"]
-)
+    "kind",
+    [
+        "white", "skewed", "drift", "waves", "weather", "bursts", "memory 0.5", "memory 0.9",
+        "lognormal", "heavy", "rounds 0.5",
+    ],
+)  # fmt: skip
 def test_the_95_percent_interval_covers_the_median_on_drifting_and_autocorrelated_noise(kind):
     assert coverage(kind) >= 0.93
 
 
 def test_the_interval_still_covers_with_eight_rounds_of_few_iterations():
     assert coverage("memory 0.9", rounds=8, iterations=5) >= 0.93
+    assert coverage("memory 0.9", rounds=8, iterations=5, variants=1) >= 0.93
+    assert coverage("rounds 0.7", rounds=8, iterations=5) >= 0.93
     assert coverage("weather", rounds=8, iterations=5) >= 0.93
 
 
@@ -42,7 +48,10 @@ def test_a_percentile_bootstrap_would_not_have_covered():
     assert hits / REPLICATES < 0.90
 
 
-@pytest.mark.parametrize("kind", ["white", "drift", "weather", "memory 0.9", "bursts", "skewed"])
+@pytest.mark.parametrize(
+    "kind",
+    ["white", "drift", "weather", "memory 0.9", "bursts", "skewed", "lognormal", "heavy"],
+)
 def test_two_identical_variants_are_called_different_in_at_most_5_percent(kind):
     rng = np.random.default_rng(3)
     different = 0
@@ -63,6 +72,35 @@ def test_a_planted_5_percent_slowdown_under_3_percent_noise_is_found(kind, round
         _, lo, _ = statistics.paired_ratio(1.05 * a, b)
         found += lo > 1
     assert found / 200 >= 0.80
+
+
+def test_noise_of_whole_cells_hides_a_planted_slowdown_only_from_few_rounds():
+    rng = np.random.default_rng(5)
+    found = 0
+    for _ in range(200):
+        level = np.exp(0.03 * rng.normal(size=(2, 12, 1)))
+        a, b = level * session("white", rng, rounds=12)
+        found += statistics.paired_ratio(1.05 * a, b)[1] > 1
+    assert found / 200 >= 0.80
+
+
+@pytest.mark.parametrize("kind", ["white", "weather", "lognormal"])
+def test_stopping_when_the_interval_is_narrow_spoils_neither_coverage_nor_the_false_alarms(kind):
+    rng = np.random.default_rng(9)
+    covers = different = 0
+    for _ in range(150):
+        a, b = session(kind, rng, rounds=24)
+        stop = next((n for n in range(8, 24) if _narrow(a[:n]) and _narrow(b[:n])), 24)
+        lo, hi = statistics.interval(a[:stop])
+        covers += lo <= 1 <= hi
+        _, low, high = statistics.paired_ratio(a[:stop], b[:stop])
+        different += not low <= 1 <= high
+    assert covers / 150 >= 0.93
+    assert different / 150 <= 0.05
+
+
+def _narrow(rounds: np.ndarray) -> bool:
+    return Timing.of(rounds).precision <= 0.05
 
 
 def test_the_ratio_interval_always_holds_the_ratio_of_the_medians():

@@ -1,0 +1,50 @@
+"""The barrier before every sample: it holds ranks back, costs no collective and leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch.distributed as dist
+
+from pardemo.measure import count
+from pardemo.measure.gate import Gate
+
+
+def through():
+    gate, late = Gate(dist.group.WORLD), []
+    for turn in range(20):
+        if dist.get_rank() == turn % 2:
+            time.sleep(0.002)
+        came = time.perf_counter()
+        gate.wait()
+        late.append((came, time.perf_counter()))
+    shared, calls = gate.shared, count(gate.wait).calls()
+    gate.close()
+    return late, shared, calls
+
+
+def test_nobody_passes_before_the_last_has_come(ranks2):
+    first, second = ranks2(through)
+    assert first[1:] == second[1:] == (True, 0)
+    for (came0, left0), (came1, left1) in zip(first[0], second[0], strict=True):
+        assert min(left0, left1) >= max(came0, came1)
+
+
+def test_it_leaves_no_file_behind(ranks2):
+    list(ranks2(lambda: Gate(dist.group.WORLD).close()))
+    assert [name for name in os.listdir("/dev/shm") if name.startswith("pardemo-gate-")] == []
+
+
+def apart():
+    gate = Gate(dist.group.WORLD)
+    gate.close()  # as where one host's memory is not the other's
+    return count(gate.wait).calls(kind="barrier")
+
+
+def test_without_shared_memory_it_is_the_groups_barrier(ranks2):
+    assert list(ranks2(apart)) == [1, 1]
+
+
+def test_a_single_rank_has_nobody_to_wait_for():
+    Gate(None).wait()
