@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from .style import BLACK, durations, field, figure, label_rows, look, named, sizes
+from .style import BLACK, durations, field, figure, label_rows, lift_title, look, named, sizes
 
 PARTS = (
     ("compute", "compute"),
@@ -153,3 +153,4 @@ def _legend_above(axes: Axes, columns: int) -> None:
     handles = axes.get_legend_handles_labels()[0]
     if handles:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=columns)
+        lift_title(axes)

@@ -8,14 +8,14 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from .style import durations, field, figure, label_rows, look
+from .style import durations, field, figure, label_rows, lift_title, look
 
 KINDS = ("forward", "backward", "weight", "collective", "transfer", "optimizer", "idle")
 SHORT = {"f": "forward", "b": "backward", "w": "weight", "F": "forward", "B": "backward",
          "W": "weight"}  # fmt: skip
 NARROW = 12.0  # ticks beyond which the microbatch numbers no longer fit a cell of 7 inches / this
 
-DARK = ("forward", "weight")  # kinds whose colour asks for white text
+DARK = ("forward",)  # kinds whose colour asks for white text
 
 
 @figure
@@ -59,25 +59,27 @@ def schedule(axes: Axes, spans: Any, title: str = "") -> str:
     """The ticks of a pipeline: a row per stage, a cell per forward or backward of a microbatch.
 
     Spans (or an object with `.spans`): stage (or rank), kind ("forward", "backward", "weight"),
-    microbatch, start and end in ticks. White is the bubble.
+    microbatch, start and end in ticks. White is the bubble. Where a rank has several stages (an
+    object with `.chunks`), a row is a rank: a rank that works on one of its stages does not wait.
     """
+    row = "rank" if getattr(spans, "chunks", 1) > 1 else "stage"
     spans = list(getattr(spans, "spans", spans))
-    stages = sorted({_stage(span) for span in spans})
+    rows = sorted({_row(span, row) for span in spans})
     length = max((_end(span) for span in spans), default=1.0)
     for span in spans:
         style, start, width = look(_kind(span)), _start(span), _end(span) - _start(span)
-        axes.barh(_stage(span), width, 0.9, left=start, color=style.colour, edgecolor="white")
+        axes.barh(_row(span, row), width, 0.9, left=start, color=style.colour, edgecolor="white")
         number = field(span, "microbatch")
         if number is not None and length / max(width, 1e-9) <= 6 * NARROW:
-            axes.text(start + width / 2, _stage(span), f"{number}", ha="center", va="center",
+            axes.text(start + width / 2, _row(span, row), f"{number}", ha="center", va="center",
                       fontsize=7.5, color="white" if _kind(span) in DARK else "black")  # fmt: skip
-    _finish(axes, stages, "stage", {_kind(span) for span in spans}, hatched=False)
+    _finish(axes, rows, row, {_kind(span) for span in spans}, hatched=False)
     axes.set_xlim(0, length)
     axes.set_xlabel("ticks (white: bubble)")
     axes.set_title(title)
     busy = sum(_end(span) - _start(span) for span in spans)
-    bubble = 1 - busy / (length * max(len(stages), 1))
-    return f"Schedule of {len(stages)} stages over {length:g} ticks; bubble {bubble:.1%}."
+    bubble = 1 - busy / (length * max(len(rows), 1))
+    return f"Schedule of {len(rows)} {row}s over {length:g} ticks; bubble {bubble:.1%}."
 
 
 def _finish(axes: Axes, rows: list[int], word: str, kinds: set[str], hatched: bool = True) -> None:
@@ -94,10 +96,11 @@ def _finish(axes: Axes, rows: list[int], word: str, kinds: set[str], hatched: bo
         for kind in known
     ]
     axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles))
+    lift_title(axes)
 
 
-def _stage(span: Any) -> int:
-    return int(field(span, "stage", "rank", default=0))
+def _row(span: Any, row: str) -> int:
+    return int(field(span, row, "rank", default=0))
 
 
 def _kind(span: Any) -> str:

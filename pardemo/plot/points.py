@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .style import BLACK, GREY, durations, field, figure, look, named
 
@@ -33,7 +33,8 @@ def dots(
     for place, (name, pool) in enumerate(pools.items()):
         style = look(name)
         where = place + spread.uniform(-0.22, 0.22, pool.size)
-        axes.scatter(where, pool * scale, s=14, alpha=0.6, color=style.colour, marker=style.marker)
+        axes.scatter(where, pool * scale, s=16, alpha=0.6, color=style.colour, marker=style.marker,
+                     edgecolors=BLACK, linewidths=0.4)  # fmt: skip
         middle = float(np.median(pool)) * scale
         axes.plot([place - 0.32, place + 0.32], [middle] * 2, color=BLACK, linewidth=1.4)
         text = f"{name} {middle:.3g} {unit}"
@@ -42,7 +43,8 @@ def dots(
             axes.plot([place - 0.42, place + 0.42], [line] * 2, color=BLACK, linestyle=":")
             text += f" (predicted {line:.3g} {unit}, {line / middle - 1:+.0%})"
         said.append(text)
-    axes.set_xticks(range(len(pools)), list(pools))
+    labels = [name.replace(", ", ",\n") if len(pools) > 4 else name for name in pools]
+    axes.set_xticks(range(len(pools)), labels)
     axes.set_xlim(-0.6, len(pools) - 0.4)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"one step [{unit}]")
@@ -112,7 +114,8 @@ def curve(
     for name in ys:
         style, at = look(name), np.asarray(xs[name], dtype=float)
         axes.plot(at, np.asarray(ys[name], dtype=float), linestyle="none", marker=style.marker,
-                  color=style.colour, label=name)  # fmt: skip
+                  color=style.colour, markeredgecolor=BLACK, markeredgewidth=0.4,
+                  label=name)  # fmt: skip
         fitted = models.get(name)
         if callable(fitted):
             at = np.geomspace(at.min(), at.max(), 100) if log else np.linspace(at.min(), at.max())
@@ -128,6 +131,8 @@ def curve(
             axes.xaxis.set_major_formatter(FuncFormatter(_bytes_tick))
     else:
         axes.set_ylim(bottom=0)
+        whole = all(float(v).is_integer() for at in xs.values() for v in at)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=whole))
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.set_title(title)

@@ -62,6 +62,10 @@ LOOKS = {
     "activations": Look(SKY, "..", "^"),
     "buffers": Look(GREY, "xx", "x"),
 }
+# what is drawn in one way by its exact name only: "weight 0.1" is no part of a step
+PARTS = ("compute", "forward", "backward", "weight", "exposed", "collective", "transfer",
+         "optimizer", "idle", "rest", "parameters", "gradients", "activations",
+         "buffers")  # fmt: skip
 HATCHES = ("", "//", "\\\\", "xx", "..", "++", "--", "||")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 
@@ -70,7 +74,7 @@ def look(name: str) -> Look:
     """Colour, hatch and marker of `name`: fixed where known, else derived from the name."""
     if name in LOOKS:
         return LOOKS[name]
-    known = [key for key in LOOKS if name.startswith(key)]
+    known = [key for key in LOOKS if name.startswith(key) and key not in PARTS]
     if known:
         return LOOKS[max(known, key=len)]
     code = zlib.crc32(name.encode())
@@ -216,6 +220,12 @@ def label_rows(axes: Axes, labels: list[str], places: list[int] | None = None) -
     whole = axes.figure
     if isinstance(whole, Picture) and whole.fitted:
         whole.set_figheight(1.2 + 0.42 * max(len(labels), 2))
+
+
+def lift_title(axes: Axes) -> None:
+    """Put a title above the legend that stands on the axes, not into it."""
+    if title := axes.get_title(loc="left"):
+        axes.set_title(title, loc="left", pad=26)
 
 
 def durations(values: Iterable[float]) -> tuple[float, str]:

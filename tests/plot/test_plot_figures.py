@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pardemo import plot
+from pardemo import plot, predict
 from pardemo.plot import style
 from pardemo.plot.style import look
 
@@ -164,3 +164,15 @@ def test_a_caption_in_a_notebook_shows_the_figure_first_and_once(
 def mark(value: object) -> None:
     if isinstance(value, plot.Picture):
         value._repr_mimebundle_()
+
+
+def test_a_rank_with_several_stages_is_one_row_and_the_bubble_is_that_of_ranks() -> None:
+    found = predict.schedule("zbv", ranks=4, microbatches=8)
+    assert plot.schedule(found).alt.endswith(f"4 ranks over 51 ticks; bubble {found.bubble:.1%}.")
+
+
+def test_a_name_that_begins_like_a_part_of_a_step_is_not_drawn_like_it() -> None:
+    drawn = {look(f"weight {value}") for value in (0.0, 0.01, 0.1)}
+    assert len(drawn) == 3
+    assert look("weight") not in drawn
+    assert look("zero1 by hand") == look("zero1"), "a strategy keeps its colour everywhere"
