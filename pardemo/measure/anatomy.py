@@ -1,20 +1,24 @@
 """decompose(): where the time of a step goes. Compute, exposed transfer, idle, and the remainder.
 
 Three variants of one case are compared in interleaved rounds: the real step, the same step with
-its communication silenced (quiet.py), and its communication alone (replay.py). From them:
+its communication silenced (quiet.py), and its communication alone (replay.py). From them, in every
+round and for every rank:
 
-    lost        T(real) - T(silenced), paired by round: all that communication costs
-    compute     what each rank needs when nobody makes it wait (the silenced step)
-    blocked     how long each rank's main thread slept in the real step: wall - CPU - run queue,
-                plus its wait for the slowest rank at the end. A second, independent measurement
-    exposed     the part of blocked that is transfer: what the least blocked rank still slept, at
-                most the communication alone
-    idle        the rest of blocked: pipeline bubble, waiting for slower ranks
-    overlapped  communication alone - exposed; negative where ranks share their cores with it
-    rest        step - compute - exposed - idle. Within 2 % of the step, or `missing` says why not
+    compute     the silenced step: what the rank needs when nobody makes it wait
+    slept       how long its main thread slept in the real step and not in the silenced one (wall -
+                CPU - run queue), with its wait for the slowest rank at the end
+    idle        what it slept longer than the rank that slept least (waiting for slower ranks), and
+                what all of them slept beyond the communication alone (a pipeline's bubble)
+    exposed     step - compute - idle: by ablation, all that communication costs, be it sleep, work
+                of the rank's own thread for it, or computation that it slows down (`contended`)
+    overlapped  communication alone - exposed; negative where it costs more than it takes alone
 
-On GPUs the host thread sleeps for other reasons, so blocked is taken to be `lost` plus each rank's
-lead over the slowest, and the remainder is zero by construction; it says so.
+So the parts add up in every round. The result is the rounds' spatial median, a weighted mean of
+rounds, in which they still do. What is left against the headline, the median of all samples, is
+`rest`: within 2 % of the step, or `missing` says why not.
+
+On GPUs the host thread sleeps for other reasons, so idle is each rank's lead over the slowest in
+the silenced step, and a bubble counts as exposed; it says so.
 """
 
 from __future__ import annotations
@@ -57,6 +61,8 @@ class Anatomy:
     """Where the step's time went (mean over ranks, medians over rounds), and whether it adds up.
 
     `lost_lo_s, lost_hi_s`: 95 % interval of what communication costs, paired by round.
+    `contended_s`: the part of exposed in which ranks did not sleep, but worked longer or waited for
+    a core beside their own communication.
     `last[rank]`: share of iterations in which that rank, left alone, finished last.
     """
 
@@ -74,6 +80,7 @@ class Anatomy:
     last: tuple[float, ...]
     timing: Timing
     missing: str = ""
+    contended_s: float = 0.0
     comparison: Comparison | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -89,8 +96,17 @@ class Anatomy:
         text += (
             f"\n  communication costs {milliseconds(self.lost_s)} (95 % interval "
             f"{milliseconds(self.lost_lo_s)} to {milliseconds(self.lost_hi_s)}); alone it takes "
-            f"{milliseconds(self.communication_s)}, so {milliseconds(self.overlapped_s)} is hidden"
+            f"{milliseconds(self.communication_s)}, so "
         )
+        if self.overlapped_s >= 0:
+            text += f"{milliseconds(self.overlapped_s)} is hidden"
+        else:
+            text += f"it costs {milliseconds(-self.overlapped_s)} more than it takes"
+        if self.contended_s > ADDS_UP * self.step_s:
+            text += (
+                f"\n  {milliseconds(self.contended_s)} of the exposed transfer is no waiting: "
+                "communication slows the computation beside it, or needs the rank's own thread"
+            )
         slowest = int(np.argmax(self.last))
         if len(self.last) > 1:
             text += f"\n  rank {slowest} is the last in {self.last[slowest]:.0%} of the steps"
@@ -124,39 +140,34 @@ def take_apart(found: Comparison) -> Anatomy:
     lost = step - _per_round([block.step_s for block in silenced])
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        blocked = lost[:, None] + alone.max(axis=1, keepdims=True) - alone
+        slept = alone.max(axis=1, keepdims=True) - alone
     else:
-        slept = [b.blocked_s + b.step_s - b.wall_s for b in real]
+        sleeping = [b.blocked_s + b.step_s - b.wall_s for b in real]
         without = np.array([np.median(b.blocked_s, axis=1) for b in silenced])
-        blocked = np.array([np.median(s, axis=1) for s in slept]) - without
-    blocked = np.maximum(blocked, 0.0)
-    exposed = np.minimum(blocked.min(axis=1), transfer)[:, None] * np.ones_like(blocked)
+        slept = np.array([np.median(s, axis=1) for s in sleeping]) - without
+    slept = np.maximum(slept, 0.0)
+    shared = slept.min(axis=1, keepdims=True)
+    idle = slept - shared + np.maximum(shared - transfer[:, None], 0.0)
+    exposed = step[:, None] - alone - idle
     if transfer.max() <= 0 or found["real"].ranks == 1:
-        exposed = np.zeros_like(blocked)
-    idle = blocked - exposed
-    rest = step[:, None] - alone - blocked
-    return _summary(found, step, alone, exposed, idle, rest, lost, transfer, on_gpu)
+        exposed = np.zeros_like(idle)
+    contended = np.zeros_like(idle) if on_gpu else np.maximum(step[:, None] - alone - slept, 0.0)
+    contended = np.minimum(contended, np.maximum(exposed, 0.0))
+    return _summary(found, [alone, exposed, idle, contended], lost, transfer, on_gpu)
 
 
 def _summary(
-    found: Comparison,
-    step: Floats,
-    alone: Floats,
-    exposed: Floats,
-    idle: Floats,
-    rest: Floats,
-    lost: Floats,
-    transfer: Floats,
-    on_gpu: bool,
+    found: Comparison, parts: list[Floats], lost: Floats, transfer: Floats, on_gpu: bool
 ) -> Anatomy:
-    """Medians over rounds of arrays (round, rank), and what is missing, in words."""
-    middle = np.array([np.median(part, axis=0) for part in (alone, exposed, idle)])  # part, rank
-    step_s = float(np.median(step))
+    """The typical round of `parts`, arrays (round, rank), and what is missing, in words."""
+    weights = statistics.typical_weights(np.concatenate(parts[:3], axis=1))
+    middle = np.array([weights @ part for part in parts])  # part, rank
+    step_s = found["real"].median_s
     shares = tuple(
-        Share(rank, *map(float, parts), float(step_s - parts.sum()))  # type: ignore[call-arg, misc]
-        for rank, parts in enumerate(middle.T)
+        Share(rank, *map(float, of[:3]), float(step_s - of[:3].sum()))  # type: ignore[call-arg, misc]
+        for rank, of in enumerate(middle.T)
     )
-    compute_s, exposed_s, idle_s = map(float, middle.mean(axis=1))
+    compute_s, exposed_s, idle_s, contended_s = map(float, middle.mean(axis=1))
     rest_s = step_s - compute_s - exposed_s - idle_s
     communication_s = float(np.median(transfer))
     lo, hi = statistics.centre_interval(lost)
@@ -175,29 +186,21 @@ def _summary(
         last=_last(found),
         timing=found["real"],
         missing=_missing(found, rest_s, step_s, on_gpu),
+        contended_s=contended_s,
         comparison=found,
     )
 
 
 def _missing(found: Comparison, rest_s: float, step_s: float, on_gpu: bool) -> str:
     """Why compute + exposed + idle is not the step; empty when it is."""
-    if on_gpu:
-        return "the remainder is zero by construction: on GPUs only the ablation is measured"
     if abs(rest_s) <= ADDS_UP * step_s:
-        return ""
+        return "on GPUs a pipeline's bubble counts as exposed transfer" if on_gpu else ""
     sign = "unaccounted for" if rest_s > 0 else "counted twice"
-    queued = found.samples.waited("real") * step_s
-    calm = found.samples.waited("silenced") * found["silenced"].median_s
-    said = f"does not add up: {milliseconds(abs(rest_s))} ({abs(rest_s) / step_s:.0%}) {sign}"
-    if rest_s > 0 and queued - calm > 0.3 * rest_s:
-        said += (
-            f"; ranks waited {milliseconds(queued - calm)} longer for a core than without "
-            "communication, whose threads need the same cores"
-        )
-    elif found["real"].status != "ok" or found["silenced"].status != "ok":
-        said += "; the times were too unsteady to add up"
-    else:
-        said += "; communication slows the computation beside it"
+    said = f"does not add up: {milliseconds(abs(rest_s))} ({abs(rest_s) / step_s:.0%}) {sign}; "
+    said += f"the typical round took {milliseconds(step_s - rest_s)}, the median of all samples is "
+    said += milliseconds(step_s)
+    if found["real"].status != "ok" or found["silenced"].status != "ok":
+        said += ": the times were too unsteady, more rounds or a quieter machine would help"
     return said
 
 

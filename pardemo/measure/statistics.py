@@ -162,6 +162,21 @@ def centre_interval(values: Floats, alpha: float = 0.04) -> tuple[float, float]:
     return float(averages[keep - 1]), float(averages[-keep])
 
 
+def typical_weights(points: Floats) -> Floats:
+    """Weights, one per row and adding up to 1, under which the rows average to their centre.
+
+    The centre is the spatial (geometric) median, by Weiszfeld's iteration: up to half of the rows
+    may be anything, and because it is a mean of rows, what adds up in every row adds up in it.
+    """
+    scale = float(np.abs(points).max()) or 1.0
+    weights = np.full(len(points), 1 / len(points))
+    for _ in range(100):
+        away = np.linalg.norm(points - weights @ points, axis=1)
+        near = 1 / np.maximum(away, 1e-9 * scale)
+        weights = near / near.sum()
+    return weights
+
+
 def spread(rounds: Sequence[ArrayLike]) -> tuple[float, float, float]:
     """(p10, p90, IQR / median) of all times of all rounds together."""
     p10, q1, middle, q3, p90 = np.quantile(
