@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import html
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 PASSED, NOT_YET, NOT_ATTEMPTED = "passed", "not yet", "not attempted"
@@ -66,7 +68,7 @@ def verdict(check: Callable[..., str | None]) -> Callable[..., Verdict]:
             return Verdict(NOT_YET, str(error))
         except NotImplementedError:
             return Verdict(NOT_ATTEMPTED, "the function still raises NotImplementedError")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return Verdict(NOT_YET, f"your code raised {_cause(error)}")
         return Verdict(PASSED, said or "")
 
@@ -93,20 +95,40 @@ def is_stub(answer: Any) -> bool:
 
 def _cause(error: BaseException) -> str:
     """The learner's error, not the launcher's wrapping of it: its last lines."""
-    text = f"{type(error).__name__}: {error}"
+    text = f"{type(error).__name__}: {_said(str, error)}"
     return text if len(text) < 900 else f"{text[:300]} ... {text[-500:]}"
 
 
 def _equal(got: Any, expected: Any) -> bool:
-    if isinstance(expected, bool) or isinstance(got, bool):
-        return got is expected
-    if isinstance(expected, (int, float)) and isinstance(got, (int, float)):
-        return abs(got - expected) <= 1e-9 * max(abs(got), abs(expected))
-    return bool(got == expected)
+    """Numbers to nine digits, a tensor or array of one number as that number, the rest by `==`.
+
+    An answer that cannot be compared is not equal: no wrong answer ends as an error of the check.
+    """
+    try:
+        if getattr(got, "shape", None) is not None and hasattr(got, "item"):
+            got = got.item()
+        if isinstance(expected, bool) or isinstance(got, bool):
+            return got is expected
+        if isinstance(expected, Real) and isinstance(got, Real):
+            near = abs(got - expected) <= 1e-9 * max(abs(got), abs(expected))
+            return bool(got == expected or (near and math.isfinite(got)))  # inf is near to all
+        return bool(got == expected)
+    except Exception:
+        return False
 
 
 def _short(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    text = value if isinstance(value, str) else repr(value)
+        return (
+            f"{value:,}" if abs(value) < 10**30 else f"about 10^{value.bit_length() * 0.30103:.0f}"
+        )
+    text = value if isinstance(value, str) else _said(repr, value)
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _said(how: Callable[[Any], str], value: Any) -> str:
+    """str() or repr() of what a learner made, which may raise too."""
+    try:
+        return how(value)
+    except Exception as error:
+        return f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
