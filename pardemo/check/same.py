@@ -21,10 +21,14 @@ HALF_TOLERANCE = 3e-2
 
 @dataclass(frozen=True)
 class Trace:
-    """A run's history: the loss of every step, and the full state after each."""
+    """A run's history: the loss of every step, and the full state after each.
+
+    `notes` are sentences about the run; they are not compared.
+    """
 
     losses: tuple[float, ...]
     states: tuple[dict[str, torch.Tensor], ...]
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         losses = " ".join(f"{loss:.4f}" for loss in self.losses)

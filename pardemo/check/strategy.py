@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 
 from pardemo import strategies
 from pardemo.check.same import Trace, same
 from pardemo.check.verdict import Verdict
-from pardemo.launch import launch
+from pardemo.launch import RankFailed, launch
 from pardemo.strategies import Step, Strategy, StrategyError, base
 from pardemo.workloads import Workload, workload
 
@@ -48,15 +52,33 @@ def strategy(
         raise StrategyError(f"{row.name} does not fit {work.name}: {'; '.join(against)}")
     devices, knobs = row.place(nprocs, knobs)
     arguments = (row, work, sizes, dtype, shape, knobs)
-    results: Any
-    if devices == 1:
-        results = [train(*arguments, alone=True)]
-    elif ranks is not None:
-        results = ranks(train, *arguments)
-    else:
-        results = launch(train, *arguments, nprocs=devices, timeout=timeout)
+    run = partial(launch, nprocs=devices, timeout=timeout) if ranks is None else ranks
+    try:
+        results: Any = (
+            [train(*arguments, alone=True)] if devices == 1 else list(run(train, *arguments))
+        )
+    except RankFailed as error:
+        said = _REFUSED.match(str(error))
+        if said is None:
+            raise
+        raise StrategyError(f"{row.name} cannot train {work.name}: {said[1]}") from error
     reference = train(strategies.get("single"), work, sizes, dtype, (), {}, alone=True)
-    return same(results, reference, tolerance)
+    notes = tuple(dict.fromkeys(note for trace in results for note in trace.notes))
+    return _told(same(results, reference, tolerance), notes, work.make_model(0))
+
+
+_REFUSED = re.compile(r"rank \d+ of \d+ raised StrategyError: (.*)")
+
+
+def _told(said: Verdict, notes: tuple[str, ...], model: nn.Module) -> Verdict:
+    """The verdict with what the strategy noted, and with the likely cause of a drifting buffer."""
+    buffers = [name for name, _ in model.named_buffers() if f": {name} is off by" in said.text]
+    if not said and buffers:
+        notes += (
+            f"{buffers[0]} is a buffer that the model updates from the samples it sees, and a rank "
+            "sees a part of them: only a BatchNorm's are added up over ranks",
+        )
+    return replace(said, text="; ".join([said.text, *notes]))
 
 
 def find(which: str | Strategy | Callable[..., Step], axes: tuple[str, ...] = ("dp",)) -> Strategy:
@@ -86,7 +108,7 @@ def train(
         batch = work.make_batch(size, number, 0)
         losses.append(float(step.step(cast(batch, dtype))))
         states.append(step.state())
-    return Trace(tuple(losses), tuple(states))
+    return Trace(tuple(losses), tuple(states), tuple(getattr(step, "notes", ())))
 
 
 def cast(batch: Any, dtype: torch.dtype) -> Any:

@@ -38,8 +38,11 @@ class Step:
     """One strategy at work on this rank: `step(batch)` trains once, `state()` shows the result.
 
     This base serves every strategy that keeps the whole model on each rank; a strategy that
-    shards overrides `state` and `load`. `model` is the module this rank runs.
+    shards overrides `state` and `load`. `model` is the module this rank runs. `notes` are
+    sentences a reader should know, such as what could not be split.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.model = model
@@ -153,6 +156,14 @@ def axis(mesh: DeviceMesh | None, name: str) -> Axis:
     if size == 1:
         return Axis()
     return Axis(size, mesh.get_local_rank(name), mesh.get_group(name))
+
+
+def lines(mesh: DeviceMesh | None, name: str) -> list[list[int]]:
+    """Global ranks along the axis `name`, for every place on the other axes of the mesh."""
+    if mesh is None or name not in (mesh.mesh_dim_names or ()):
+        return [[0]]
+    dim = mesh.mesh_dim_names.index(name)  # type: ignore[union-attr]
+    return mesh.mesh.movedim(dim, -1).reshape(-1, mesh.size(dim)).tolist()
 
 
 def this_device(mesh: DeviceMesh | None = None) -> torch.device:

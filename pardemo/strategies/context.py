@@ -62,7 +62,7 @@ class Context(base.Step):
                 value = self.loss(self.model(tokens), labels) * (weight / self.axis.size)
                 value.backward()
             total = total + value.detach()
-        parts.add(parts.gradients(self.model.parameters()), self.axis.group)
+        parts.add_gradients(self.model.parameters(), self.axis.group)
         base.clip_gradients(self.model.parameters(), self.clip_grad)
         self.optimizer.step()
         return base.reduce_sum(total, self.axis.group)
@@ -81,8 +81,8 @@ class Context(base.Step):
                 f"({self.axis.size} ranks, {self.balance}): pad it or change the ranks"
             )
         if self.library:
-            with self._library(inputs, targets, length):
-                yield inputs, targets
+            with self._library(inputs.clone(), targets.clone(), length) as mine:
+                yield mine
             return
         where = positions_of(self.axis.rank, self.axis.size, length, self.balance).to(self.device)
         with _standing_at(self.model, where):
@@ -92,15 +92,22 @@ class Context(base.Step):
     def _library(self, inputs: torch.Tensor, targets: torch.Tensor, length: int) -> Any:
         """torch's own: shards the tensors in place and replaces the attention kernel (GPUs)."""
         from torch.distributed.tensor.experimental import context_parallel
+        from torch.nn.attention import SDPBackend, sdpa_kernel
 
+        if any(p.dtype == torch.float64 for p in self.model.parameters()):
+            raise base.StrategyError(
+                "torch's context_parallel replaces fused kernels, which have no float64: train in "
+                "float32 or bfloat16 (check.strategy(..., dtype=torch.float32))"
+            )
+        kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
         assert self.mesh is not None
         where = torch.arange(length, device=self.device)
         buffers = [inputs, targets, where]
         with context_parallel(
             self.mesh["cp"], buffers=buffers, buffer_seq_dims=[1, 1, 0],
             no_restore_buffers=set(buffers),
-        ), _standing_at(self.model, where):  # fmt: skip
-            yield
+        ), sdpa_kernel(kernels), _standing_at(self.model, where):  # fmt: skip
+            yield inputs, targets
 
 
 @contextlib.contextmanager

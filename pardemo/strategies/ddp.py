@@ -21,7 +21,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from pardemo.strategies import base, batchnorm, comm_hooks, routing
+from pardemo.strategies import base, comm_hooks, ddp_wrap
 
 
 class DDP(base.Step):
@@ -50,9 +50,10 @@ class DDP(base.Step):
         total = torch.zeros((), device=self.device)
         for index, (part, weight) in enumerate(parts):
             last = index == len(parts) - 1
-            with self.sending(last or self.sync_first):
+            with ddp_wrap.sending(self.model, last or self.sync_first):
                 total = total + self.forward_backward(part, weight * self.place.size)
         self.sync_first = False
+        ddp_wrap.refuse_unused(self.model)
         base.clip_gradients(self.model.parameters(), self.clip_grad)
         self.optimizer.step()
         return base.reduce_mean(total, self.place.group)  # moves one number
@@ -64,12 +65,6 @@ class DDP(base.Step):
             value = self.loss(base.call(self.model, inputs), targets) * weight
         value.backward()  # moves the gradients, bucket by bucket, unless under no_sync
         return value.detach()
-
-    def sending(self, yes: bool) -> contextlib.AbstractContextManager[None]:
-        """no_sync for a microbatch whose gradients stay here for now."""
-        if yes or not isinstance(self.model, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.model.no_sync()
 
     def uneven(self, parts: Iterable[Any], shadow: bool = True) -> list[float]:
         """Train on this rank's own list of batches, when ranks may have lists of unequal length.
@@ -116,24 +111,17 @@ def build(
             f"comm_hook={comm_hook!r} is not one of {', '.join(comm_hooks.NAMES)} or None"
         )
     place, device = base.axis(mesh, "dp"), base.this_device(mesh)
-    model = model.to(device)
-    if sync_batchnorm:
-        model = batchnorm.synchronise(model, place.group, device)
-    routing.synchronise(model, place.group)  # experts are counted over the batch of all ranks
+    model = ddp_wrap.prepare(model, place, device, sync_batchnorm)
     if compile is not None:
         model.compile(backend=compile)
-    wrapped = model
-    if place.group is not None:
-        wrapped = DistributedDataParallel(  # broadcasts rank 0's parameters and buffers
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            process_group=place.group,
-            bucket_cap_mb=bucket_cap_mb,
-            gradient_as_bucket_view=gradient_as_bucket_view,
-            static_graph=static_graph,
-            find_unused_parameters=find_unused_parameters,
-            forward_sync_buffers=not sync_batchnorm,  # synchronised, they cannot differ
-        )
+    wrapped = ddp_wrap.wrap(
+        model, place, device, sync_batchnorm,
+        bucket_cap_mb=bucket_cap_mb,
+        gradient_as_bucket_view=gradient_as_bucket_view,
+        static_graph=static_graph,
+        find_unused_parameters=find_unused_parameters,
+    )  # fmt: skip
+    if isinstance(wrapped, DistributedDataParallel):
         if isinstance(comm_hook, str):
             comm_hooks.register(wrapped, comm_hook, place.group, powersgd_rank)
         elif comm_hook is not None:

@@ -48,7 +48,7 @@ class Expert(base.Step):
         inputs, targets = base.to_device(part, self.device)
         value = self.loss(base.call(self.model, inputs), targets) * weight
         value.backward()
-        parts.add(parts.gradients(self.shared), self.place.group)
+        parts.add_gradients(self.shared, self.place.group)
         elsewhere = self.shared if self.place.rank else []  # their norm is counted once
         parts.clip(self.model.parameters(), self.clip_grad, self.place.group, elsewhere)
         self.optimizer.step()

@@ -8,8 +8,9 @@ gradients, optimiser state and activations. The pipeline strategies keep the cut
 
 where="ranks": part r on rank r; activations travel by send and recv. where="devices": all parts in
 one process, on cuda:0, cuda:1, ...; without GPUs all of them are the CPU and a transfer is only
-counted. Cut: balanced by parameters, by given `costs`, or by hand (`starts`: the names of the
-pieces at which part 1, 2, ... begin).
+counted. A model without `sequence()` is cut by torch's tracer, on ranks only: a pipeline of one
+microbatch is the same thing. Cut: balanced by parameters, by given `costs`, or by hand (`starts`:
+the names of the pieces at which part 1, 2, ... begin).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from pardemo.strategies import base
+from pardemo.strategies import base, pipeline_build, pipeline_split
 from pardemo.strategies.parts_on_devices import OnDevices, device_names
 from pardemo.strategies.parts_on_ranks import OnRanks
 
@@ -34,6 +35,11 @@ def build(
     if where not in ("ranks", "devices"):
         raise base.StrategyError(f"where={where!r}: parts are put on 'ranks' or on 'devices'")
     place = base.axis(mesh, "pp")
+    if where == "ranks" and place.size > 1 and not pipeline_split.is_sequence(model):
+        return pipeline_build.build(
+            model, make_optimizer, loss, mesh, schedule="gpipe", microbatches=1, cut=starts,
+            balance="parameters" if costs is None else costs, clip_grad=clip_grad,
+        )  # fmt: skip
     if where == "ranks":
         base.broadcast_module(model.to(base.this_device(mesh)), place.group)
         parts = cut_model(model, place.size, costs, starts)
@@ -71,7 +77,9 @@ def balanced(
 
 
 def reasons_against(model: nn.Module, world_size: int, batch_size: int) -> list[str]:
-    """Models that do not say their order, or have fewer pieces than devices."""
+    """Models with fewer pieces than devices, or with parameters outside the pieces they name."""
+    if not pipeline_split.is_sequence(model):
+        return pipeline_build.reasons_against(model, world_size, world_size)
     try:
         found = base.pieces(model)
         balanced(found, base.parameter_costs(found), world_size)

@@ -14,7 +14,15 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from pardemo.strategies.base import MakeOptimizer, State, StrategyError, axis, broadcast_module
+from pardemo.strategies.base import (
+    MakeOptimizer,
+    State,
+    StrategyError,
+    axis,
+    broadcast_module,
+    this_device,
+)
+from pardemo.strategies.tensor_attention import fused, unfused
 
 Slot = tuple[nn.Module, str]
 
@@ -44,6 +52,8 @@ def read(held: dict[str, Slot]) -> State:
         tensor = getattr(module, name).detach()
         if isinstance(tensor, DTensor):
             tensor = _full(tensor)
+        if name in getattr(module, "reordered", ()):
+            tensor = unfused(tensor)
         state[key] = tensor.to("cpu", copy=True)
     return state
 
@@ -69,6 +79,8 @@ def write(held: dict[str, Slot], state: State) -> None:
             raise StrategyError(
                 f"{key} has shape {tuple(tensor.shape)}, the state dict {tuple(value.shape)}"
             )
+        if name in getattr(module, "reordered", ()):
+            value = fused(value)
         if isinstance(tensor, DTensor):
             local = value.to(tensor.to_local().device)
             value = distribute_tensor(
@@ -136,6 +148,7 @@ def clip(
     skip = {id(p) for p in elsewhere}
     square = squared_norm(p.grad for p in parameters if id(p) not in skip)  # type: ignore[misc]
     if group is not None:
+        square = square.to(this_device())  # a rank without gradients has made a zero on the CPU
         dist.all_reduce(square, group=group)  # moves 2(n-1)/n * 8 bytes
     factor = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
     for p in parameters:
@@ -166,15 +179,38 @@ def settle(parameters: Iterable[torch.Tensor]) -> None:
             p.grad = grad.redistribute(placements=p.placements)  # moves 2(n-1)/n * its bytes
 
 
-def gradients(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """The gradients that there are, zeros where a trainable parameter got none on this rank."""
-    found = []
-    for p in parameters:
-        if p.requires_grad:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            found.append(p.grad)
-    return found
+def add_gradients(parameters: Iterable[torch.Tensor], group: dist.ProcessGroup | None) -> None:
+    """Sum the gradients of all trainable parameters over `group`, in place.
+
+    A rank without a gradient for some parameter adds zeros. One that no rank has a gradient for
+    ends without one, as in one process: an optimiser with weight decay or momentum would move it.
+    """
+    if group is None:
+        return
+    trainable = [p for p in parameters if p.requires_grad]
+    given = [p.grad is not None for p in trainable]
+    for p in trainable:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    add([p.grad for p in trainable if p.grad is not None], group)
+    still = _all_zero([local(p.grad) for p in trainable])  # type: ignore[arg-type]
+    if not still:
+        return
+    used = torch.tensor([given[i] for i in still], dtype=torch.int32)
+    used = used.to(local(trainable[still[0]]).device)
+    dist.all_reduce(used, group=group)  # moves 2(n-1)/n * 4 bytes for each gradient that is zero
+    for i, ranks in zip(still, used.tolist(), strict=True):
+        if not ranks:
+            trainable[i].grad = None
+
+
+def _all_zero(tensors: list[torch.Tensor]) -> list[int]:
+    """Numbers of the tensors that are zero throughout; a few values are looked at first."""
+    if not tensors:
+        return []
+    few = [t.flatten()[:: max(1, t.numel() // 8)].abs().sum().double() for t in tensors]
+    doubtful = [i for i, total in enumerate(torch.stack(few).tolist()) if total == 0]
+    return [i for i in doubtful if not bool(tensors[i].any())]
 
 
 def optimizers(

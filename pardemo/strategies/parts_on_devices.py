@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,12 +99,19 @@ class Placed(nn.Module):
             found.append(tensor.numel() * tensor.element_size())
             return tensor.to(device)
 
+        gpus = {d for d in (device, self.devices[source]) if d.type == "cuda"}
+        _finish(gpus)  # else the copy's time would hold the computing before it
         start = time.perf_counter()
         value = base.map_tensors(copy, value)
-        if "cuda" in (device.type, self.devices[source].type):
-            torch.cuda.synchronize()
+        _finish(gpus)
         self.transfers.append(Transfer(source, target, sum(found), time.perf_counter() - start))
         return value
+
+
+def _finish(gpus: Iterable[torch.device]) -> None:
+    """Wait until these GPUs have done all that they were asked."""
+    for gpu in gpus:
+        torch.cuda.synchronize(gpu)
 
 
 class OnDevices(base.Step):

@@ -15,7 +15,14 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 
-from pardemo.strategies import base, batchnorm, parts, pipeline_split, pipeline_trace
+from pardemo.strategies import (
+    base,
+    batchnorm,
+    parts,
+    pipeline_costs,
+    pipeline_split,
+    pipeline_trace,
+)
 from pardemo.strategies.pipeline_plan import ONE_STAGE, SCHEDULES, Plan
 
 Prepare = Callable[[nn.Module], Any]
@@ -33,6 +40,7 @@ class Pipeline(base.Step):
         mesh: DeviceMesh | None, plan: Plan, clip_grad: float | None,
         prepare: Prepare | None = None,
     ) -> None:  # fmt: skip
+        self.mesh = mesh
         self.axis, self.replicas = base.axis(mesh, "pp"), base.axis(mesh, "dp")
         self.device, self.loss, self.plan = base.this_device(mesh), loss, plan
         self.make_optimizer, self.prepare, self.clip_grad = make_optimizer, prepare, clip_grad
@@ -75,7 +83,7 @@ class Pipeline(base.Step):
         for tie in self.ties:
             tie.add_gradients()
         if self.replicas.group is not None:
-            parts.add(parts.gradients(self.parameters()), self.replicas.group)
+            parts.add_gradients(self.parameters(), self.replicas.group)
         copies = [tie.tensor() for tie in self.ties if tie.ranks[0] != self.axis.rank]
         parts.clip(self.parameters(), self.clip_grad, self.axis.group, copies)
         for optimizer in self.optimizers:
@@ -134,7 +142,7 @@ class Pipeline(base.Step):
         self.schedule.step(*inputs, **given, return_outputs=False)  # sends A per microbatch and way
         loss = torch.zeros((), device=self.device, dtype=torch.float64)
         if self.last:
-            loss = torch.stack(losses).detach().sum().double()
+            loss = torch.stack([value.detach() for value in losses]).sum().double()
         source = self.plan.owner(self.stages - 1, self.axis.size)
         dist.broadcast(loss, group=self.axis.group, group_src=source)  # moves 8 bytes
         return loss
@@ -147,13 +155,21 @@ class Pipeline(base.Step):
                     f"{self.title} is traced, so its BatchNorm cannot look at all "
                     f"{self.replicas.size} pipelines: give the model `sequence()`"
                 )
-            stages = pipeline_trace.traced(self.model, self.stages, self.plan.cut, micro)
+            costs = self._costs(micro)
+            stages = pipeline_trace.traced(self.model, self.stages, self.plan.cut, micro, costs)
             self._keep(stages)
             self.traced_for = _shapes(micro)
             return
-        costs: list[Any] = [pipeline_split.measured_costs(self.model, micro)]
-        dist.broadcast_object_list(costs, group=self.axis.group, group_src=0)  # a few numbers
-        self._keep(pipeline_split.chains(self.model, self.stages, self.plan.cut, costs[0]))
+        costs = self._costs(micro)
+        self._keep(pipeline_split.chains(self.model, self.stages, self.plan.cut, costs))
+
+    def _costs(self, micro: tuple[Any, ...]) -> Any:
+        """One cost per piece; seconds are the first rank's, so that every rank cuts alike."""
+        costs: list[Any] = [pipeline_costs.costs(self.model, micro, self.plan.balance)]
+        for group in (self.axis.group, self.replicas.group):
+            if group is not None and self.plan.balance == "measured":
+                dist.broadcast_object_list(costs, group=group, group_src=0)  # a few numbers
+        return costs[0]
 
     def _keep(self, stages: list[nn.Module]) -> None:
         """Keep this rank's stages, find the tensors it shares with others, let go of the rest."""
@@ -164,14 +180,14 @@ class Pipeline(base.Step):
         used = parts.slots(self.model, stages)
         idle = {k: slot for k, slot in parts.slots(self.model).items() if k not in used}
         self.held = parts.slots(self.model, [stages[i] for i in mine]) | idle
-        self.ties = find_ties(stages, owners, self.held, self.axis)
+        self.ties = find_ties(stages, owners, self.held, self.mesh)
         for i in mine:  # a BatchNorm sees its whole microbatch, over all pipelines
             stages[i] = batchnorm.synchronise(stages[i], self.replicas.group, self.device)
         self.mine = {i: stages[i].to(self.device) for i in mine}
         self.model, self.whole = nn.ModuleDict({str(i): s for i, s in self.mine.items()}), False
         if self.prepare is not None:
             for stage in self.mine.values():
-                self.prepare(stage)
+                self.notes += tuple(self.prepare(stage) or ())
         self.optimizers = parts.optimizers(self.parameters(), self.make_optimizer)
 
 
@@ -200,25 +216,31 @@ class Tie:
 
 
 def find_ties(
-    stages: list[nn.Module], owners: list[int], held: dict[str, parts.Slot], axis: base.Axis
-) -> list[Tie]:
-    """The parameters of this rank's stages that other ranks' stages use too, in stage order."""
+    stages: list[nn.Module], owners: list[int], held: dict[str, parts.Slot],
+    mesh: DeviceMesh | None,
+) -> list[Tie]:  # fmt: skip
+    """The parameters of this rank's stages that other ranks' stages use too, in stage order.
+
+    All ranks of all pipelines make all groups, in one order: torch names a group that only its
+    members make by how many groups they have made before, and these numbers differ.
+    """
+    here = base.axis(mesh, "pp").rank
     holders: dict[int, set[int]] = {}
     for stage, owner in zip(stages, owners, strict=True):
         for tensor in stage.parameters():
             holders.setdefault(id(tensor), set()).add(owner)
     slots = {id(getattr(*slot)): slot for slot in held.values()}
-    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    groups: dict[tuple[int, ...], Any] = {}
     ties = []
     for key, who in holders.items():
-        if len(who) == 1 or axis.rank not in who:
+        members = tuple(sorted(who))
+        if len(members) == 1:
             continue
-        members = tuple(axis.ranks[rank] for rank in sorted(who))
         if members not in groups:
-            groups[members] = dist.new_group(
-                list(members), use_local_synchronization=True, group_desc="tie"
-            )
-        ties.append(Tie(sorted(who), slots[key], groups[members]))
+            every = [[line[rank] for rank in members] for line in base.lines(mesh, "pp")]
+            groups[members], _ = dist.new_subgroups_by_enumeration(every, group_desc="tie")
+        if here in who:
+            ties.append(Tie(list(members), slots[key], groups[members]))
     return ties
 
 

@@ -6,10 +6,11 @@ it need: one tensor, or a tuple of tensors where a skip connection or a second i
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -85,36 +86,22 @@ def chains(
     return [Chain([parts[i] for i in span]) for span in ranges(parts, stages, starts, costs)]
 
 
-def measured_costs(model: nn.Module, inputs: tuple[Any, ...], rounds: int = 3) -> list[float]:
-    """Seconds of forward plus backward of every piece on one microbatch, the fastest of `rounds`.
-
-    Runs on a copy, so that neither buffers nor gradients change.
-    """
-    costs, value = [], inputs[0] if len(inputs) == 1 else inputs
-    with torch.random.fork_rng():
-        for _, module in base.pieces(copy.deepcopy(model)):
-            seconds = []
-            for _ in range(rounds):
-                given = base.map_tensors(_fresh, value)
-                start = time.perf_counter()
-                out = module(given)
-                loss = sum(t.float().sum() for t in _tensors(out))
-                if isinstance(loss, torch.Tensor) and loss.requires_grad:
-                    loss.backward()
-                seconds.append(time.perf_counter() - start)
-            value = base.map_tensors(lambda t: t.detach(), out)
-            costs.append(min(seconds))
-    return costs
-
-
 def _fresh(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().requires_grad_(tensor.is_floating_point())
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    base.map_tensors(lambda t: found.append(t) or t, value)  # type: ignore[func-returns-value]
-    return found
+@contextlib.contextmanager
+def use_masks_as_given() -> Iterator[None]:
+    """Keep torch's transformer layers from looking at a mask's values, to learn if it is causal.
+
+    A run without data has no values. The mask is then used as it is, which gives the same result.
+    """
+
+    def told(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return is_causal is True
+
+    with mock.patch.object(nn.modules.transformer, "_detect_is_causal_mask", told):
+        yield
 
 
 def shadows(modules: Sequence[nn.Module], mode: FakeTensorMode) -> list[nn.Module]:
@@ -144,9 +131,16 @@ class Edges:
         """
         found = [tuple(_empty(t) for t in inputs)]
         value = tuple(self.mode.from_tensor(t.detach()) for t in inputs)
-        with self.mode, torch.no_grad():
-            for stage in self.stages:
-                out = stage(*value)
+        with self.mode, torch.no_grad(), use_masks_as_given():
+            for number, stage in enumerate(self.stages):
+                try:
+                    out = stage(*value)
+                except Exception as error:  # the tracer's own kinds; the reader needs the place
+                    raise base.StrategyError(
+                        f"stage {number} cannot be run without data, to learn the shapes that it "
+                        f"hands on ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+                        ": what it computes depends on values"
+                    ) from error
                 value = out if isinstance(out, tuple) else (out,)
                 found.append(tuple(_empty(t) for t in value))
         return [found[0], *(tuple(_fresh(t) for t in edge) for edge in found[1:])]

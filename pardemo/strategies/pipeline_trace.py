@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining import SplitPoint, pipeline
 
 from pardemo.strategies import base
-from pardemo.strategies.pipeline_split import places, ranges, shadows
+from pardemo.strategies.pipeline_split import places, ranges, shadows, use_masks_as_given
 
 
 class Relay(nn.Module):
@@ -69,35 +69,51 @@ def _look_up(path: tuple[Any, ...], known: dict[str, Any]) -> Any:
 
 
 def traced(
-    model: nn.Module, stages: int, starts: Sequence[str] | None, inputs: tuple[Any, ...]
-) -> list[nn.Module]:
+    model: nn.Module, stages: int, starts: Sequence[str] | None, inputs: tuple[Any, ...],
+    costs: Sequence[float],
+) -> list[nn.Module]:  # fmt: skip
     """All stages of a model without a sequence, cut by torch's tracer at the starts of layers.
 
-    `inputs` is one microbatch; the stages serve this shape only. Parameters are `model`'s own, so
-    that a tie survives the cut. Raises StrategyError when torch.export cannot follow the model.
+    `inputs` is one microbatch; the stages serve this shape only. `costs` has one for each place.
+    Parameters are `model`'s own, so that a tie survives the cut. Raises StrategyError when
+    torch.export cannot follow the model.
     """
     parts = places(model)
-    calls = _calls(model, [name for name, _ in parts], inputs)
+    cost = dict(zip([name for name, _ in parts], costs, strict=True))
+    calls = _calls(model, list(cost), inputs)
     parts = [part for part in parts if calls.get(part[0], 0) == 1]
     parts.sort(key=lambda part: list(calls).index(part[0]))
-    starts = [parts[span[0]][0] for span in ranges(parts, stages, starts, None)[1:]]
+    wanted = [cost[name] for name, _ in parts]
+    starts = [parts[span[0]][0] for span in ranges(parts, stages, starts, wanted)[1:]]
     spec = dict.fromkeys(starts, SplitPoint.BEGINNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            use_masks_as_given(),
+        ):
             warnings.simplefilter("ignore")  # torch's own deprecations inside the tracer
             pipe = pipeline(model, inputs, split_spec=spec)
+            _share(pipe.split_gm, model)
+            return _relays(pipe.split_gm)
     except Exception as error:  # torch.export raises its own kinds; the reader needs the way out
-        raise base.StrategyError(
-            f"torch.export cannot follow {type(model).__name__}, so it cannot be cut into stages "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Give it a method "
-            "`sequence()` that returns [(name, module), ...] whose composition is forward."
-        ) from error
-    _share(pipe.split_gm, model)
-    return _relays(pipe.split_gm)
+        raise _cannot_follow(model, error) from error
+
+
+def _cannot_follow(model: nn.Module, error: Exception) -> base.StrategyError:
+    first = (str(error).splitlines() or [""])[0]
+    return base.StrategyError(
+        f"torch.export cannot follow {type(model).__name__}, so it cannot be cut into stages "
+        f"({type(error).__name__}: {first}). Give it a method "
+        "`sequence()` that returns [(name, module), ...] whose composition is forward."
+    )
 
 
 def _calls(model: nn.Module, names: list[str], inputs: tuple[Any, ...]) -> dict[str, int]:
-    """How often every part runs in one forward, in the order of their first runs."""
+    """How often every part runs in one forward, in the order of their first runs.
+
+    Raises StrategyError where a forward looks at values, which a tracer does not have.
+    """
     counts: dict[str, int] = {}
     mode = FakeTensorMode()
     (shadow,) = shadows([model], mode)
@@ -108,8 +124,11 @@ def _calls(model: nn.Module, names: list[str], inputs: tuple[Any, ...]) -> dict[
 
         shadow.get_submodule(name).register_forward_pre_hook(count)
     given = tuple(mode.from_tensor(t) for t in inputs)
-    with mode, torch.no_grad():
-        shadow(*given)
+    try:
+        with mode, torch.no_grad(), use_masks_as_given():
+            shadow(*given)
+    except Exception as error:
+        raise _cannot_follow(model, error) from error
     return counts
 
 

@@ -2,12 +2,12 @@
 
 Split      in attention the heads, in a feed-forward the hidden features; with `sequence_parallel`
            also norms and residuals, by tokens; with `loss_parallel` the head, by vocabulary.
-           Embedding, norms and head are whole on every rank otherwise, and so is an
-           nn.MultiheadAttention, whose query, key and value weights are one parameter.
+           Embedding, norms and head are whole on every rank otherwise; `Step.notes` names what is.
 Sent       per transformer layer 4 all-reduces of the activation A = batch x sequence x hidden x b
            bytes: after the rows of attention and feed-forward, and in backward before their
            columns; 2(t-1)/t A each. A model's first pair has no backward one when its input needs
-           no gradient. sequence_parallel: 4 all-gathers and 4 reduce-scatters of A instead, each
+           no gradient; attention to another sequence has two backward, one for each of its inputs;
+           what returns its weights also sums these. sequence_parallel: 4 all-gathers and 4 reduce-scatters of A instead, each
            (t-1)/t A (gloo scatters by reducing everything: 2(t-1)/t A), one all-gather before the
            head, one in backward after the embedding, an all-reduce of each norm's gradient.
            loss_parallel: three all-reduces of one number per token, one of A before the head, in
@@ -16,8 +16,9 @@ Memory     1/t of the layers that are cut: parameters, gradients, optimiser stat
            activations; everything else whole.
 Papers     Shoeybi 2019 (Megatron-LM); Korthikanti 2022 (sequence parallel).
 
-The plan is found in the model itself: attention with wq, wk, wv, wo; torch's transformer layers;
-any Linear, elementwise functions, Linear that torch.fx can see.
+The plan is found in the model itself: attention with wq, wk, wv, wo; nn.MultiheadAttention and
+torch's transformer layers (tensor_attention.py); any Linear, elementwise functions, Linear that
+torch.fx can see.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn as nn
@@ -34,17 +34,22 @@ def build(
     """
     ranks = base.axis(mesh, "tp").size
 
+    notes: tuple[str, ...] = ()
+
     def slice_modules(module: nn.Module) -> None:
+        nonlocal notes
         if ranks > 1:
             assert mesh is not None
-            slice_layers(module, mesh["tp"], sequence_parallel, loss_parallel)
+            notes = slice_layers(module, mesh["tp"], sequence_parallel, loss_parallel)
         if then is not None:
             then(module)
 
     split_loss = loss_parallel and ranks > 1
     context = in_loss_parallel if split_loss else contextlib.nullcontext
     shards = then is not None
-    return Whole(model, make_optimizer, loss, mesh, clip_grad, slice_modules, context, shards)
+    step = Whole(model, make_optimizer, loss, mesh, clip_grad, slice_modules, context, shards)
+    step.notes = notes
+    return step
 
 
 def stage_slicer(mesh: DeviceMesh | None) -> Callable[[nn.Module], Any] | None:
@@ -52,14 +57,16 @@ def stage_slicer(mesh: DeviceMesh | None) -> Callable[[nn.Module], Any] | None:
     if mesh is None or base.axis(mesh, "tp").size == 1:
         return None
 
-    def slice_stage(stage: nn.Module) -> None:
+    def slice_stage(stage: nn.Module) -> Sequence[str]:
         if isinstance(stage, Relay):
             raise base.StrategyError(
                 "layers of a traced model cannot be split: give the model `sequence()`"
             )
-        chain = isinstance(stage, Chain)  # else the whole model: one stage
-        body = nn.Sequential(*stage.parts) if isinstance(stage, Chain) else stage
-        slice_layers(body, mesh["tp"], strict=not chain)
+        if not isinstance(stage, Chain):  # the whole model: one stage
+            return slice_layers(stage, mesh["tp"])
+        notes = slice_layers(nn.Sequential(*stage.parts), mesh["tp"], strict=False)
+        names = ", ".join(str(name) for name in stage.names)  # type: ignore[union-attr]
+        return [f"of the pieces {names}, numbered from 0, {note}" for note in notes]
 
     return slice_stage
 

@@ -16,6 +16,7 @@ import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 
+from pardemo.strategies import tensor_attention
 from pardemo.strategies.base import StrategyError
 
 ELEMENTWISE_MODULES = (
@@ -34,19 +35,21 @@ class Pair:
     """Names of Linear layers: `columns` are split by output features, `rows` by input features.
 
     All columns take the same input. `units` must be divisible by the ranks: heads of attention,
-    else hidden features.
+    else hidden features. `attention` names an nn.MultiheadAttention, whose columns are one weight.
     """
 
     columns: tuple[str, ...]
     rows: str
     units: int
     what: str
+    attention: str = ""
 
     def refuse(self, ranks: int) -> str | None:
         """Why this pair cannot be split over so many ranks; None when it can."""
         if self.units % ranks == 0:
             return None
-        return f"the {self.units} {self.what} of {self.columns[0]} do not divide by {ranks} ranks"
+        name = self.attention or self.columns[0]
+        return f"the {self.units} {self.what} of {name} do not divide by {ranks} ranks"
 
 
 def pairs(model: nn.Module) -> list[Pair]:
@@ -55,7 +58,7 @@ def pairs(model: nn.Module) -> list[Pair]:
     found: list[Pair] = []
     taken: set[str] = set()
     for pair in _find(model, ""):
-        names = {*pair.columns, pair.rows}
+        names = {*pair.columns, pair.rows, *([pair.attention] if pair.attention else [])}
         if names & taken or any(model.get_submodule(name) in shared for name in names):
             continue
         taken |= names
@@ -82,9 +85,16 @@ def _find(module: nn.Module, prefix: str) -> Iterator[Pair]:
         columns = tuple(f"{prefix}{name}" for name in ("wq", "wk", "wv"))
         yield Pair(columns, f"{prefix}wo", int(heads), "heads")
         return
+    if isinstance(module, nn.MultiheadAttention):
+        if tensor_attention.splits(module):
+            yield Pair((), f"{prefix}out_proj", module.num_heads, "heads", prefix[:-1])
+        return
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
         columns, hidden = (f"{prefix}linear1",), module.linear1.out_features
         yield Pair(columns, f"{prefix}linear2", hidden, "hidden features")
+        for name, child in module.named_children():
+            if isinstance(child, nn.MultiheadAttention):
+                yield from _find(child, f"{prefix}{name}.")
         return
     graph = _trace(module)
     if graph is not None:

@@ -19,18 +19,21 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from pardemo.strategies import base, tensor_plans
+from pardemo.strategies import base, tensor_attention, tensor_plans
+
+MOST = 6  # names in a sentence
 
 
 def slice_layers(
     module: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = False,
     loss_parallel: bool = False, strict: bool = True,
-) -> None:  # fmt: skip
+) -> tuple[str, ...]:  # fmt: skip
     """Split every pair of `module` over the 1-D `mesh`; other layers stay whole on every rank.
 
     `sequence_parallel` also splits what lies between the pairs, along the sequence;
     `loss_parallel` splits the head by vocabulary. Both need a model of `models.GPT`'s make.
-    `strict` refuses a module with nothing to split.
+    `strict` refuses a module with nothing to split. Returns what a reader should know: which
+    layers stayed whole.
     """
     ranks, title = mesh.size(), type(module).__name__
     found = tensor_plans.pairs(module)
@@ -45,6 +48,9 @@ def slice_layers(
     if loss_parallel:
         _plan_vocabulary(plan, module, split, ranks)
     _one_seed(module, mesh)
+    for pair in found:
+        if pair.attention:
+            tensor_attention.split(module.get_submodule(pair.attention), mesh)  # type: ignore[arg-type]
     for name, style in plan.items():
         parallelize_module(module.get_submodule(name), mesh, style, src_data_rank=None)
     for pair in found:
@@ -55,6 +61,26 @@ def slice_layers(
                 column.register_forward_pre_hook(handover, prepend=True)
     if loss_parallel and module.config.tied:  # type: ignore[union-attr]
         module.head.weight = module.embed.tok.weight  # type: ignore[union-attr]
+    return _kept_whole(module)
+
+
+def _kept_whole(module: nn.Module) -> tuple[str, ...]:
+    """A sentence that names the layers of which every rank has all, the largest first."""
+    sizes: dict[str, int] = {}
+    total = 0
+    for name, p in module.named_parameters():
+        total += p.numel()
+        if not isinstance(p, DTensor) or not any(place.is_shard() for place in p.placements):
+            owner = name.rpartition(".")[0] or name
+            sizes[owner] = sizes.get(owner, 0) + p.numel()
+    if not sizes:
+        return ()
+    names = sorted(sizes, key=lambda name: -sizes[name])
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return (
+        f"{sum(sizes.values()) / total:.0%} of the parameters stay whole on every rank of the "
+        f"tensor axis: {', '.join(names[:MOST])}{more}",
+    )
 
 
 def _plan_pair(

@@ -53,7 +53,7 @@ class Whole(base.Step):
             (loss * self.replicas.size if self.shards else loss).backward()  # FSDP averages
         parts.settle(self.model.parameters())
         if not self.shards and self.replicas.group is not None:
-            parts.add(parts.gradients(self.model.parameters()), self.replicas.group)
+            parts.add_gradients(self.model.parameters(), self.replicas.group)
         parts.clip(self.model.parameters(), self.clip_grad)
         for optimizer in self.optimizers:
             optimizer.step()

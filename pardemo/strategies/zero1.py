@@ -12,7 +12,6 @@ Paper      Rajbhandari et al. 2020, "ZeRO", section 5.1.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 from typing import Any
@@ -21,9 +20,8 @@ import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.parallel import DistributedDataParallel
 
-from pardemo.strategies import base, batchnorm, routing
+from pardemo.strategies import base, ddp_wrap
 
 
 class Zero1(base.Step):
@@ -45,11 +43,12 @@ class Zero1(base.Step):
         parts = base.microbatches(batch, self.place, self.accumulate)
         total = torch.zeros((), device=self.device)
         for index, (part, weight) in enumerate(parts):
-            with self._sending(index == len(parts) - 1):
+            with ddp_wrap.sending(self.model, index == len(parts) - 1):
                 inputs, targets = base.to_device(part, self.device)
                 value = self.loss(base.call(self.model, inputs), targets) * weight
                 (value * self.place.size).backward()  # DDP divides the sum by the number of ranks
             total = total + value.detach()
+        ddp_wrap.refuse_unused(self.model)
         base.clip_gradients(self.model.parameters(), self.clip_grad)
         self.optimizer.step()  # moves P b: every rank broadcasts the tensors it updated
         return base.reduce_sum(total, self.place.group)
@@ -68,11 +67,6 @@ class Zero1(base.Step):
         self.optimizer.consolidate_state_dict(to=self.place.ranks[0])  # moves every rank's state
         return self.optimizer.state_dict() if self.place.rank == 0 else None
 
-    def _sending(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        if last or not isinstance(self.model, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.model.no_sync()
-
 
 def build(
     model: nn.Module, make_optimizer: base.MakeOptimizer, loss: base.Loss,
@@ -81,19 +75,14 @@ def build(
 ) -> Zero1:  # fmt: skip
     """DDP over the axis "dp" with ZeroRedundancyOptimizer around the class that is asked for."""
     place, device = base.axis(mesh, "dp"), base.this_device(mesh)
-    model = batchnorm.synchronise(model.to(device), place.group, device)
-    routing.synchronise(model, place.group)
+    model = ddp_wrap.prepare(model, place, device)
     # Made once to learn its class and settings; without a step it keeps no state.
     optimizer, wrapped = make_optimizer(model.parameters()), model
     if place.group is not None:
-        wrapped = DistributedDataParallel(  # broadcasts rank 0's parameters and buffers
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            process_group=place.group,
-            gradient_as_bucket_view=True,
-            forward_sync_buffers=False,  # batch norm is synchronised: they cannot differ
+        wrapped = ddp_wrap.wrap(
+            model, place, device, gradient_as_bucket_view=True,
             find_unused_parameters=find_unused_parameters,
-        )
+        )  # fmt: skip
         optimizer = ZeroRedundancyOptimizer(
             optimizer.param_groups,
             optimizer_class=type(optimizer),
