@@ -7,9 +7,10 @@ Sent       per transformer layer 4 all-reduces of the activation A = batch x seq
            bytes: after the rows of attention and feed-forward, and in backward before their
            columns; 2(t-1)/t A each. A model's first pair has no backward one when its input needs
            no gradient; attention to another sequence has two backward, one for each of its inputs;
-           what returns its weights also sums these. sequence_parallel: 4 all-gathers and 4 reduce-scatters of A instead, each
-           (t-1)/t A (gloo scatters by reducing everything: 2(t-1)/t A), one all-gather before the
-           head, one in backward after the embedding, an all-reduce of each norm's gradient.
+           what returns its weights also sums these. sequence_parallel: 4 all-gathers and 4
+           reduce-scatters of A instead, each (t-1)/t A (gloo scatters by reducing everything:
+           2(t-1)/t A), one all-gather before the head, one in backward after the embedding, an
+           all-reduce of each norm's gradient.
            loss_parallel: three all-reduces of one number per token, one of A before the head, in
            backward; and one of A after the embedding in forward when the two are tied.
 Memory     1/t of the layers that are cut: parameters, gradients, optimiser state, hidden
