@@ -132,11 +132,13 @@ class _Scale(TorchDispatchMode):
     def _weigh_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         if id(optimizer) not in self.optimizers:
             self.optimizers[id(optimizer)] = optimizer
+            before = self.live
             for tensor in self.optimizer_state():
-                self._see(tensor, "what was there before")
+                self._see(tensor, "what was there before", at_peak=False)
+            self.peak += self.live - before  # it was there all along, at the peak too
         self.gradients = max(self.gradients, _bytes(_gradients(self.parameters())))
 
-    def _see(self, tensor: torch.Tensor, operator: str) -> None:
+    def _see(self, tensor: torch.Tensor, operator: str, at_peak: bool = True) -> None:
         storage = _local(tensor).untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         before = self._known.get(key)
@@ -146,7 +148,7 @@ class _Scale(TorchDispatchMode):
             weakref.finalize(storage, self._gone, key)
         self._known[key] = size
         self.live += size - (before or 0)
-        if self.live > self.peak:
+        if at_peak and self.live > self.peak:
             self.peak, self.peak_at = self.live, f"{self._watch.now()} ({operator})"
 
     def _gone(self, key: int) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pardemo.measure import volumes
 from pardemo.measure.phases import Phase, PhaseWatch
@@ -94,18 +95,23 @@ class Counting(TorchDispatchMode):
     """Context that counts; `.traffic()` afterwards (or in between) says what was seen.
 
     The phase of a collective is "backward" while autograd runs a graph, "optimizer" inside
-    Optimizer.step, else "forward". A point-to-point outside of autograd takes the phase of the
-    work beside it: a send that of the last operator, a receive that of the next. `watch` is a
-    PhaseWatch that is open already, for those who enter from one of its hooks.
+    Optimizer.step. Outside of both it takes the phase of the work beside it: one that brings data
+    (receive, all-gather, broadcast) that of the work after it, any other that of the work before.
+    So gradients summed by hand between backward and Optimizer.step belong to the backward. Work is
+    an operator inside autograd or the optimizer, or one whose input needs a gradient: a forward.
+    `watch` is a PhaseWatch that is open already, for those who enter from one of its hooks.
     """
 
     def __init__(self, watch: PhaseWatch | None = None) -> None:
         super().__init__()
         self._calls: list[tuple[volumes.Call, Phase]] = []
-        self._waiting: list[int] = []  # receives whose phase the next operator will tell
+        self._waiting: list[int] = []  # brought data: the next work will tell its phase
         self._last: Phase = "forward"
         self._own_watch = watch is None
-        self._watch = watch or PhaseWatch(after=self._new_step)
+        self._watch = watch or PhaseWatch(before=self._updates, after=self._new_step)
+
+    def _updates(self, optimizer: torch.optim.Optimizer) -> None:
+        self._settle(self._last)
 
     def _new_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._last = "forward"
@@ -132,7 +138,7 @@ class Counting(TorchDispatchMode):
             name = func._schema.name.split("::")[1]
             for call in volumes.read(name, args):
                 self._add(call, phase)
-        else:
+        elif phase != "forward" or _is_forward(func, args):
             self._settle(phase)
             self._last = phase
         out = func(*args, **(kwargs or {}))
@@ -141,10 +147,10 @@ class Counting(TorchDispatchMode):
         return out
 
     def _add(self, call: volumes.Call, phase: Phase) -> None:
-        if phase == "forward" and call.kind == "send":
-            phase = self._last
-        if phase == "forward" and call.kind == "recv":
+        if phase == "forward" and call.kind in _BRINGS:
             self._waiting.append(len(self._calls))
+        elif phase == "forward":
+            phase = self._last
         self._calls.append((call, phase))
 
     def _settle(self, phase: Phase) -> None:
@@ -176,6 +182,20 @@ class Counting(TorchDispatchMode):
 
 
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+_BRINGS = ("recv", "all_gather", "broadcast")
+_LOOKS = (torch.ops.aten.detach.default, torch.ops.aten._local_scalar_dense.default)
+
+
+def _is_forward(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operator belongs to a forward pass: autograd tracks one of its inputs.
+
+    Taking a value out of the graph, as loss.detach() and loss.item() do, is no work of its own.
+    """
+    return (
+        torch.is_grad_enabled()
+        and func not in _LOOKS
+        and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(args))
+    )
 
 
 def _flow(key: tuple[Any, ...], calls: list[volumes.Call]) -> Flow:

@@ -19,7 +19,10 @@ from pardemo.predict.wire import kind_of, wire_bytes
 
 @dataclass(frozen=True)
 class Message:
-    """All calls of one collective kind on one mesh axis in one step, as one rank sees them."""
+    """All calls of one collective kind on one mesh axis in one phase of a step, for one rank.
+
+    `phase` is "forward", "backward" or "optimizer"; `ranks` how many take part in one call.
+    """
 
     kind: str
     axis: str
@@ -27,10 +30,13 @@ class Message:
     payload_bytes: float
     sent_bytes: float
     formula: str
+    phase: str = "backward"
+    ranks: int = 0
 
     def __repr__(self) -> str:
         payload, sent = human(self.payload_bytes, "bytes"), human(self.sent_bytes, "bytes")
-        return f"{self.calls} x {self.kind} on {self.axis}: {payload}, sent {sent} = {self.formula}"
+        head = f"{self.phase}: {self.calls} x {self.kind} on {self.axis}"
+        return f"{head}: {payload}, sent {sent} = {self.formula}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,13 @@ class SentBytes:
             out[m.axis] = out.get(m.axis, 0.0) + m.sent_bytes
         return out
 
+    def by_phase(self) -> dict[str, float]:
+        """Sent bytes per phase: "forward", "backward", "optimizer"."""
+        out: dict[str, float] = {}
+        for m in self.messages:
+            out[m.phase] = out.get(m.phase, 0.0) + m.sent_bytes
+        return out
+
     def calls(self, kind: str) -> int:
         """How many times one rank calls `kind` in one step."""
         return sum(m.calls for m in self.messages if m.kind == kind_of(kind))
@@ -82,7 +95,8 @@ class SentBytes:
     def prediction(self) -> Prediction:
         """The same as a `Prediction`, one term per message."""
         terms = tuple(
-            Term(f"{m.axis} {m.kind}", m.formula, m.sent_bytes, "bytes") for m in self.messages
+            Term(f"{m.axis} {m.kind}, {m.phase}", m.formula, m.sent_bytes, "bytes")
+            for m in self.messages
         )
         return Prediction(f"bytes sent per rank, {self.strategy}", terms, "bytes")
 
@@ -95,10 +109,11 @@ def message(
     formula: str,
     calls: int = 1,
     implementation: str = "textbook",
+    phase: str = "backward",
 ) -> Message:
     """One line of traffic: `payload_bytes` is the sum over the `calls`."""
     sent = wire_bytes(kind, payload_bytes, ranks, implementation)
-    return Message(kind_of(kind), axis, calls, float(payload_bytes), sent, formula)
+    return Message(kind_of(kind), axis, calls, float(payload_bytes), sent, formula, phase, ranks)
 
 
 Rule = Callable[..., list[Message]]
@@ -134,7 +149,8 @@ def sent_bytes(strategy: str, *, loss_bytes: float = 0.0, **knobs: object) -> Se
         raise TypeError(f"sent_bytes({strategy!r}): {error}") from None
     if loss_bytes:
         ranks = int(str(knobs.get("ranks", 1)))
-        found.append(message("all_reduce", "loss", ranks, loss_bytes, "2(n-1)/n * loss"))
+        text = "2(n-1)/n * loss"
+        found.append(message("all_reduce", "loss", ranks, loss_bytes, text, phase="forward"))
     return SentBytes(strategy, tuple(m for m in found if m.calls and m.payload_bytes))
 
 

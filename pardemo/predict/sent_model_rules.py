@@ -34,31 +34,29 @@ def tensor(
     `loss_parallel_bytes` is ONE statistic (max, sum, target logit) of a microbatch's tokens;
     `norm_parameters_bytes` are the replicated gradients all-reduced under sequence parallelism.
     """
-    pairs = layers * pairs_per_layer
-    forward = pairs * (2 if recompute else 1) + extra_forward
-    backward = pairs - (0 if input_needs_grad else 1) + extra_backward
-    calls = microbatches * (forward + backward)
-    payload = calls * activation_bytes
-    loss_calls = loss_parallel_calls * microbatches if loss_parallel_bytes else 0
+    pairs, m, a = layers * pairs_per_layer, microbatches, activation_bytes
+    repeated = 2 if recompute else 1  # the forward again, inside the backward
+    first = 0 if input_needs_grad else 1
+    ways = {
+        "forward": m * (pairs + extra_forward),
+        "backward": m * (pairs * repeated - first + extra_backward),
+    }
+    calls = loss_parallel_calls * m if loss_parallel_bytes else 0
+    text = "2(t-1)/t statistics of the loss"
     loss = message(
-        "all_reduce",
-        "tp",
-        ranks,
-        loss_calls * loss_parallel_bytes,
-        "2(t-1)/t statistics of the loss",
-        loss_calls,
+        "all_reduce", "tp", ranks, calls * loss_parallel_bytes, text, calls, phase="forward"
     )
     if not sequence_parallel:
-        text = f"2(t-1)/t A m ({forward} forward + {backward} backward)"
-        return [message("all_reduce", "tp", ranks, payload, text, calls), loss]
-    text = f"(t-1)/t A m ({forward} + {backward})"
+        return [
+            message("all_reduce", "tp", ranks, n * a, f"{n} x 2(t-1)/t A", n, phase=way)
+            for way, n in ways.items()
+        ] + [loss]
+    split = [
+        message(kind, "tp", ranks, n * a, f"{n} x (t-1)/t A", n, implementation, way)
+        for way, n in ways.items() for kind in ("all_gather", "reduce_scatter")
+    ]  # fmt: skip
     norms = message("all_reduce", "tp", ranks, norm_parameters_bytes, "2(t-1)/t norms' gradients")
-    return [
-        message("all_gather", "tp", ranks, payload, text, calls),
-        message("reduce_scatter", "tp", ranks, payload, text, calls, implementation),
-        norms,
-        loss,
-    ]
+    return [*split, norms, loss]
 
 
 @rule("model_parallel")
@@ -98,18 +96,26 @@ def pipeline(
     sizes = boundary_bytes or [activation_bytes] * (stages - 1)
     if len(sizes) != stages - 1:
         raise ValueError(f"{stages} stages have {stages - 1} boundaries, got {len(sizes)} sizes")
-    payload, calls = 0.0, 0
+    payload, calls = {"forward": 0.0, "backward": 0.0}, {"forward": 0, "backward": 0}
     for boundary, size in enumerate(sizes):
         left = stage_owner(boundary, ranks, chunks, v_shape)
         right = stage_owner(boundary + 1, ranks, chunks, v_shape)
         if left == right:
             continue
-        mine = (left == rank) + (right == rank)
-        payload += mine * microbatches * size
-        calls += mine * microbatches
-    crossings = calls // microbatches if microbatches else 0
-    text = f"m A over {crossings} directed boundaries"
-    return [message("send", "pp", max(2, ranks), payload, text, calls)]
+        for way, owner in (("forward", left), ("backward", right)):
+            if owner == rank:
+                payload[way] += microbatches * size
+                calls[way] += microbatches
+    return [
+        message("send", "pp", 2, payload[way], _boundaries(calls[way] // microbatches, way),
+                calls[way], phase=way)
+        for way in payload
+    ]  # fmt: skip
+
+
+def _boundaries(count: int, way: str) -> str:
+    what = {"forward": "A", "backward": "A's gradient"}[way]
+    return f"m {what}" if count == 1 else f"m {what} over {count} boundaries"
 
 
 @rule("context", "ring")
@@ -138,19 +144,23 @@ def context(
     if variant == "ulysses":
         q = kv_bytes / 2 if q_bytes is None else q_bytes
         local = times * 2 * (2 * q + kv_bytes) / c
-        text = "(c-1)/c of local q, k, v, o, forward and backward"
-        return [message("all_to_all", "cp", c, local, text, times * 8), *out]
+        text = "(c-1)/c of local q, k, v, o"
+        return [
+            message("all_to_all", "cp", c, local / 2, text, times * 4, phase=way)
+            for way in ("forward", "backward")
+        ] + out
     if variant != "ring":
         raise ValueError(f"context variant is 'ring' or 'ulysses', got {variant!r}")
     if c == 1:
         return []
-    payload = times * (1 + backward_factor) * (c - 1) * kv_bytes / c
-    hops = times * round((1 + backward_factor) * (c - 1))
-    if return_gradients:
-        payload += times * kv_bytes / c
-        hops += times
-    text = f"(c-1)/c KV (1 + {backward_factor:g})" + (" + KV/c" if return_gradients else "")
-    return [message("send", "cp", c, payload, text, hops * calls_per_hop), *out]
+    hop = times * kv_bytes / c
+    back = backward_factor * (c - 1) + return_gradients
+    text = f"{backward_factor:g} (c-1)/c KV" + (" + KV/c" if return_gradients else "")
+    ways = [("forward", c - 1, "(c-1)/c KV"), ("backward", back, text)]
+    return [
+        message("send", "cp", c, n * hop, text, round(times * n) * calls_per_hop, phase=way)
+        for way, n, text in ways
+    ] + out
 
 
 @rule("expert")
@@ -173,21 +183,17 @@ def expert(
     `shared_parameters` (everything that is not an expert) are all-reduced as in DDP.
     """
     times = layers * microbatches
-    tokens = message(
-        "all_to_all", "ep", ranks, 4 * times * routed_bytes, "4 (e-1)/e routed tokens", 4 * times
-    )
-    if sent_away_bytes is not None:
-        tokens = Message(
-            "all_to_all",
-            "ep",
-            4 * times,
-            4 * times * routed_bytes,
-            4.0 * times * sent_away_bytes,
-            "4 x tokens routed to others",
-        )
+    away = routed_bytes * (ranks - 1) / ranks if sent_away_bytes is None else sent_away_bytes
+    text = "2 (e-1)/e routed tokens" if sent_away_bytes is None else "2 x tokens routed to others"
+    tokens = [
+        Message("all_to_all", "ep", 2 * times, 2 * times * routed_bytes, 2.0 * times * away, text,
+                way, ranks)
+        for way in ("forward", "backward")
+    ]  # fmt: skip
     shared = shared_parameters * bytes_per_element
+    counts = times * counts_bytes
     return [
-        tokens,
-        message("all_to_all", "ep", ranks, times * counts_bytes, "counts", times),
+        *(tokens if ranks > 1 else []),
+        message("all_to_all", "ep", ranks, counts, "counts", times, phase="forward"),
         message("all_reduce", "ep", ranks, shared, "2(e-1)/e P_shared b", shared_calls),
     ]

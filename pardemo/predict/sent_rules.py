@@ -32,21 +32,14 @@ def data_parallel(
     """nn.DataParallel: the root sends parameters, buffers and inputs; the others send back
     outputs and gradients. `input_bytes` and `output_bytes` are those of the global batch."""
     m, n = microbatches, ranks
+    copied = m * (parameters * bytes_per_element + buffers_bytes)
     if rank == 0:
         return [
-            message(
-                "broadcast",
-                "dp",
-                n,
-                m * (parameters * bytes_per_element + buffers_bytes),
-                "m (P b + buffers)",
-                m,
-            ),
-            message("scatter", "dp", n, m * input_bytes, "(n-1)/n * inputs", m),
+            message("broadcast", "dp", n, copied, "m (P b + buffers)", m, phase="forward"),
+            message("scatter", "dp", n, m * input_bytes, "(n-1)/n * inputs", m, phase="forward"),
         ]
-    back = Message(
-        "gather", "dp", m, m * output_bytes, m * output_bytes / n, "outputs / n from a replica"
-    )
+    given, text = m * output_bytes, "outputs / n from a replica"
+    back = Message("gather", "dp", m, given, given / n, text, "forward", n)
     return [back, message("reduce", "dp", n, m * parameters * bytes_per_element, "m P b", m)]
 
 
@@ -71,7 +64,7 @@ def ddp(
     text = "2(n-1)/n P b" + ("" if times == 1 else " m")
     return [
         message("all_reduce", "dp", ranks, times * parameters * b, text, times * buckets),
-        message("broadcast", "dp", ranks, times * buffers_bytes, "buffers", times),
+        message("broadcast", "dp", ranks, times * buffers_bytes, "buffers", times, phase="forward"),
     ]
 
 
@@ -86,15 +79,19 @@ def zero1(
     shard: float | None = None,
     shards: int | None = None,
     implementation: str = "textbook",
+    frozen: float = 0,
 ) -> list[Message]:
     """ZeRO-1: gradients reduced once per step, updated parameters handed round.
 
     style="scatter_gather": reduce-scatter + all-gather, 2(n-1)/n P b; "all_reduce_gather": DDP's
     all-reduce, then an all-gather; "all_reduce_broadcast": DDP's all-reduce, then every owner
-    broadcasts its `shard` elements (default P/n), as ZeroRedundancyOptimizer does.
+    broadcasts its `shard` elements (default P/n), as ZeroRedundancyOptimizer does. It broadcasts
+    the `frozen` elements too, which no gradient changed.
     """
     payload = parameters * bytes_per_element
-    gather = message("all_gather", "dp", ranks, payload, "(n-1)/n P b", shards or buckets)
+    gather = message(
+        "all_gather", "dp", ranks, payload, "(n-1)/n P b", shards or buckets, phase="optimizer"
+    )
     if style == "scatter_gather":
         reduced = message(
             "reduce_scatter", "dp", ranks, payload, "(n-1)/n P b", buckets, implementation
@@ -104,8 +101,11 @@ def zero1(
     if style == "all_reduce_gather":
         return [reduced, gather]
     if style == "all_reduce_broadcast":
-        own = (parameters / ranks if shard is None else shard) * bytes_per_element
-        return [reduced, message("broadcast", "dp", ranks, own, "own shard b", shards or 1)]
+        own = (parameters / ranks if shard is None else shard) + frozen
+        text = "own shard b" + (" + frozen" if frozen else "")
+        sent = own * bytes_per_element
+        told = message("broadcast", "dp", ranks, sent, text, shards or 1, phase="optimizer")
+        return [reduced, told]
     raise ValueError(f"unknown ZeRO-1 style {style!r}")
 
 
@@ -134,7 +134,7 @@ def zero2(
             times * buckets,
             implementation,
         ),
-        message("all_gather", "dp", ranks, p, "(n-1)/n P b", shards or buckets),
+        message("all_gather", "dp", ranks, p, "(n-1)/n P b", shards or buckets, phase="optimizer"),
     ]
 
 
@@ -152,36 +152,35 @@ def fsdp(
     regather_root: bool = False,
     implementation: str = "textbook",
     axis: str = "dp",
+    frozen: float = 0,
 ) -> list[Message]:
     """FSDP2 / ZeRO-3: (n-1)/n b [(2P - P_root) gathered + P reduced] per microbatch.
 
     `units` counts the sharded groups, the root among them; `root` is the root group's own
     parameters, which FSDP2 keeps from forward to backward. reshard_after_forward=False gathers P
-    once per microbatch. Give padded counts (`predict.padded`) where shapes do not divide.
+    once per microbatch. `frozen` of the `parameters` are gathered but have no gradient to reduce.
+    Give padded counts (`predict.padded`) where shapes do not divide.
     """
-    m, extra = microbatches, 0.0
-    root_groups = 1 if root else 0
-    calls = units
-    text = "(n-1)/n b m P"
+    m, b = microbatches, bytes_per_element
+    again, calls = 0.0, 0
     if reshard_after_forward:
-        extra = parameters if regather_root else parameters - root
-        calls += units if regather_root else units - root_groups
-        text = "(n-1)/n b m (2P - P_root)"
+        again = parameters if regather_root else parameters - root
+        calls = units if regather_root or not root else units - 1
+    text = "(n-1)/n b m " + ("P" if regather_root else "(P - P_root)")
     rb = reduce_bytes_per_element or bytes_per_element
     times = m if sync_every_microbatch else 1
-    gathered = m * (parameters + extra) * bytes_per_element
+    reduced = times * (parameters - frozen) * rb
     return [
-        message("all_gather", axis, ranks, gathered, text, m * calls),
         message(
-            "reduce_scatter",
-            axis,
-            ranks,
-            times * parameters * rb,
-            f"{times} (n-1)/n P b",
-            times * units,
+            "all_gather", axis, ranks, m * parameters * b, "(n-1)/n b m P", m * units,
+            phase="forward",
+        ),
+        message("all_gather", axis, ranks, m * again * b, text, m * calls),
+        message(
+            "reduce_scatter", axis, ranks, reduced, f"{times} (n-1)/n P b", times * units,
             implementation,
         ),
-    ]
+    ]  # fmt: skip
 
 
 @rule("hsdp")
@@ -198,6 +197,7 @@ def hsdp(
     sync_every_microbatch: bool = True,
     implementation: str = "textbook",
     ranks: int | None = None,
+    frozen: float = 0,
 ) -> list[Message]:
     """FSDP inside `shard` ranks, an all-reduce of P/shard between `replicate` copies."""
     inner = fsdp(
@@ -213,6 +213,7 @@ def hsdp(
         False,
         implementation,
         "shard",
+        frozen,
     )
     rb = reduce_bytes_per_element or bytes_per_element
     times = microbatches if sync_every_microbatch else 1
@@ -220,7 +221,7 @@ def hsdp(
         "all_reduce",
         "replicate",
         replicate,
-        times * parameters * rb / shard,
+        times * (parameters - frozen) * rb / shard,
         "2(r-1)/r P b / shard",
         times * units,
     )

@@ -68,3 +68,24 @@ def strategy_memory(
 
 def _over(ranks: int) -> str:
     return f" / {ranks}" if ranks > 1 else ""
+
+
+def peak_bytes(
+    parameters_bytes: float,
+    gradients_bytes: float,
+    optimizer_bytes: float,
+    buffers_bytes: float,
+    activations_bytes: float,
+    gathered_bytes: float = 0,
+    gradients_stay: bool = False,
+) -> float:
+    """The most that one rank holds at once in a step, from the sizes of its parts.
+
+    Activations are there before the gradients: backward frees the one as it makes the other, so
+    the larger of the two counts, beside what is always there and what is gathered to compute.
+    Both count where `gradients_stay`: in DDP's buckets, or from one microbatch to the next.
+    """
+    always = parameters_bytes + optimizer_bytes + buffers_bytes + gathered_bytes
+    if gradients_stay:
+        return always + gradients_bytes + activations_bytes
+    return always + max(gradients_bytes, activations_bytes)

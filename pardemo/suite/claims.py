@@ -52,7 +52,7 @@ def sent(table: Table) -> Said:
     counted, formula = table.counted(), table.formula()
     if not counted:
         return "Nothing was sent.", "One rank sends nothing."
-    equal = [name for name in formula if abs(formula[name] - counted[name]) < 0.5]
+    equal = [row.name for row in table.rows if row.name in formula and row.sent_as_formula]
     most, least = max(counted, key=counted.__getitem__), min(counted, key=counted.__getitem__)
     claim = (
         f"{most} sends {counted[most] / counted[least]:.3g} times the bytes of {least}; "
@@ -69,8 +69,8 @@ def memory(table: Table) -> Said:
     least = min(peaks, key=lambda name: peaks[name] or 0)
     claim = f"A rank needs least under {least}: {(peaks[least] or 0) / 1e6:.3g} MB at its peak."
     return claim, (
-        "Each part at its own largest, on the fullest rank; dotted: parameters, gradients and "
-        "optimizer state by formula."
+        "Each part at its own largest, on the fullest rank; dotted: parameters, gradients, "
+        "optimizer state and buffers by formula."
     )
 
 
@@ -99,4 +99,35 @@ def _setting(table: Table) -> str:
     return (
         f"{table.workload}, {table.batch_size} samples per step, {ranks} ranks x 1 thread beside "
         f"{ONE} and {ALL}; {rounds} interleaved rounds."
+    )
+
+
+def ledger(table: Table) -> Said:
+    """What the table of bytes shows, line by line."""
+    entries = [entry for book in table.book().ledgers for entry in book.entries]
+    if not entries:
+        return "Nothing was sent.", "One rank sends nothing."
+    equal = sum(entry.equal for entry in entries)
+    claim = f"{equal} of {len(entries)} lines are the closed form to the byte."
+    return claim, (
+        "One line per collective kind, mesh axis and phase of the step, on the rank that sends "
+        "most; the formula was fed with the model's shapes, not with the count."
+    )
+
+
+def weighed(table: Table) -> Said:
+    """What the table of memory shows, kind by kind."""
+    rows = [row for row in table.scales().rows if row.formula]
+    if not rows:
+        return "No memory formula covers this optimizer.", ""
+    errors = {row.strategy: row.peak_error for row in rows if row.peak_error is not None}
+    same = sum(row.states_equal for row in rows)
+    claim = f"What stays between steps is the formula's to the byte in {same} of {len(rows)} rows."
+    if not errors:
+        return claim, ""
+    worst = max(errors, key=lambda name: abs(errors[name] or 0))
+    return claim, (
+        f"The peak is foreseen within {abs(errors[worst] or 0):.0%} (worst: {worst}) from the same "
+        "states and the activations of one process on the rank's share; it leaves out what an "
+        "operator holds for a moment. No forecast where layers are cut from within."
     )

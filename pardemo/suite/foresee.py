@@ -24,6 +24,7 @@ from pardemo.workloads import Workload
 from .forms import Scene, closed_form
 
 CHAINS = ("model_parallel", "pipeline")
+MESHES = ("dp_tp", "fsdp_tp", "dp_pp", "tp_pp", "dp_pp_tp")
 SHARDED = ("fsdp", "hsdp", "zero1", "tensor", "expert", *CHAINS)  # optimiser state in parts
 WHOLE_BATCH = ("tensor", "context", "expert")  # every rank sees all samples, a part of each
 
@@ -89,7 +90,7 @@ def known_machine(profile: Profile | str | None, ranks: Ranks) -> Profile:
 def share(scene: Scene, name: str) -> int:
     """How many samples one rank works on at a time under this strategy."""
     if name == "pipeline":
-        return scene.batch_size // scene.microbatches
+        return scene.batch_size // scene.microbatches(scene.batch_size, scene.ranks)
     if name in WHOLE_BATCH or name == "model_parallel":
         return scene.batch_size
     return -(-scene.batch_size // scene.ranks)
@@ -99,11 +100,14 @@ def predicted(
     name: str, scene: Scene, parts: Parts, profile: Profile, cores: int
 ) -> Prediction | str:
     """The step's time, or in words why there is no prediction."""
+    if name in MESHES:
+        return f"{name}: step times are predicted on one axis at a time, its bytes on all of them"
     sent = closed_form(name, scene, scene.ranks - 1)
     if sent is None:
         return f"{name}: no closed form of its transfer for this model, so no prediction"
-    times = scene.microbatches if name == "pipeline" else 1
-    alone = parts.by_size[share(scene, name)]
+    size = share(scene, name)
+    times = scene.batch_size // size if name == "pipeline" else 1
+    alone = parts.by_size[size]
     spread = scene.ranks if name not in (*WHOLE_BATCH, *CHAINS) else 1
     held = scene.elements / (scene.ranks if name in SHARDED else 1)
     known = dataclasses.replace(
@@ -114,7 +118,9 @@ def predicted(
     )  # fmt: skip
     knobs: dict[str, Any] = {"microbatches": times} if name in CHAINS else {}
     if name in CHAINS:
-        counts = [sum(p.numel() for p in stage.parameters()) for stage in scene.stages]
+        counts = [
+            sum(p.numel() for p in stage.parameters()) for stage in scene.stages(scene.ranks, size)
+        ]
         knobs["shares"] = [count / sum(counts) for count in counts]
         knobs["schedule"] = "1f1b"
     try:

@@ -11,10 +11,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from pardemo import strategies
-from pardemo.measure import count, weigh
-from pardemo.strategies import Step
+from pardemo.measure import Traffic, count, weigh
+from pardemo.measure.traffic import Flow
+from pardemo.strategies import Step, routing
 from pardemo.strategies.base import to_device
 from pardemo.workloads import Workload
+
+from .forms import Routed
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,15 @@ class Maker:
 class Seen:
     """One step of one rank, looked at outside of any timing."""
 
-    sent_bytes: float
-    notes: tuple[str, ...]
+    traffic: Traffic
+    routed: Routed
     memory: dict[str, float]
+    peak_at: str = ""
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes this rank put on the wire."""
+        return self.traffic.sent_bytes()
 
 
 def look(maker: Maker, ranks: int, warmup: int = 2) -> Seen | None:
@@ -71,16 +80,45 @@ def look(maker: Maker, ranks: int, warmup: int = 2) -> Seen | None:
     for _ in range(warmup):
         made.step(batch)
     traffic = count(lambda: made.step(batch))
-    sent, notes = traffic.sent_bytes(), tuple(traffic.notes)
     phases = getattr(made, "phases", None)
     if phases is not None:  # one process drives its devices: copies between them are the transfer
-        sent = float(sum(phases.bytes.values()))
-        notes = ("counted: all copies between the devices of this one process",)
-    return Seen(sent, notes, _weigh(made, batch))
+        traffic = _copies(phases)
+    routed = _routed(made.model)
+    return Seen(traffic, routed, *_weigh(made, batch))
 
 
-def _weigh(made: Step, batch: Any) -> dict[str, float]:
-    """Memory of one step by kind, as plain numbers."""
+COPIES = {  # phases of nn.DataParallel as collectives: (kind, phase of the step)
+    "replicate": ("broadcast", "forward"),
+    "scatter": ("scatter", "forward"),
+    "gather": ("gather", "forward"),
+    "reduce": ("reduce", "backward"),
+}
+
+
+def _copies(phases: Any) -> Traffic:
+    """The copies between the devices of one process, as the strategy counted them itself."""
+    note = "counted: all copies between the devices of this one process"
+    return Traffic(0, tuple(
+        Flow(kind, "devices", phase, phases.replicas, 1, phases.bytes[name],  # type: ignore[arg-type]
+             float(phases.bytes[name]), float(phases.bytes[name]), note)
+        for name, (kind, phase) in COPIES.items() if phases.bytes.get(name)
+    ))  # fmt: skip
+
+
+def _routed(model: torch.nn.Module) -> Routed:
+    """Where the routers of the last step sent this rank's rows."""
+    layers = routing.seams(model)
+    gates = [layer for layer in layers if getattr(layer, "choices", None) is not None]
+    return Routed(
+        away=tuple(getattr(layer.exchange, "away_rows", 0) for layer in layers),
+        guests=tuple(getattr(layer.exchange, "guest_rows", 0) for layer in layers),
+        kept=tuple(int(layer.choices.sum()) - layer.dropped for layer in gates),
+    )
+
+
+def _weigh(made: Step, batch: Any) -> tuple[dict[str, float], str]:
+    """Memory of one step by kind, as plain numbers, and when it was most."""
     report = weigh(lambda: made.step(batch), made.model)
     names = ("parameters", "gradients", "optimizer", "activations", "buffers", "peak")
-    return {f"{name}_bytes": float(getattr(report, f"{name}_bytes")) for name in names}
+    sizes = {f"{name}_bytes": float(getattr(report, f"{name}_bytes")) for name in names}
+    return sizes, report.peak_at

@@ -18,7 +18,7 @@ from pardemo.strategies import StrategyError
 from pardemo.workloads import Workload
 from pardemo.workloads import workload as find_workload
 
-from . import foresee, forms, inside, keep
+from . import foresee, forms, inside, keep, ledger, weights
 from .table import ALL, ONE, Row, Table
 
 Say = Callable[[str], None]
@@ -213,18 +213,26 @@ def _proven(plan: Plan, candidate: _Candidate, ranks: Ranks) -> bool:
 def _look(plan: Plan, candidate: _Candidate, ranks: Ranks) -> None:
     """Bytes counted against the closed form, rank by rank; memory of the fullest rank."""
     seen = list(ranks(inside.look, candidate.maker, candidate.ranks))[: candidate.ranks]
-    busiest = max(range(len(seen)), key=lambda rank: seen[rank].sent_bytes)
-    fullest = max(seen, key=lambda one: one.memory.get("peak_bytes", 0.0))
-    formula = None
-    if candidate.ranks > 1:
-        formula = forms.closed_form(candidate.name, plan.scene, busiest)
+    axes = plan.scene.degrees(candidate.name)
+    ledgers = [
+        ledger.compare(
+            candidate.name, one.traffic,
+            forms.closed_form(candidate.name, plan.scene, rank, one.routed), axes,
+        )
+        for rank, one in enumerate(seen)
+    ]  # fmt: skip
+    busiest = max(ledgers, key=lambda found: (bool(found.unequal), found.sent_bytes))
+    fullest = max(range(len(seen)), key=lambda rank: seen[rank].memory.get("peak_bytes", 0.0))
     candidate.facts |= {
-        "sent_bytes": seen[busiest].sent_bytes,
-        "formula_bytes": None if formula is None else formula.total,
-        "formula": "" if formula is None else "; ".join(m.formula for m in formula.messages),
-        "traffic_notes": tuple(seen[busiest].notes),
-        "memory": fullest.memory,
-        "memory_formula_bytes": forms.states_bytes(candidate.name, plan.scene),
+        "ledger": busiest,
+        "equal_ranks": sum(not found.unequal for found in ledgers),
+        "sent_bytes": busiest.sent_bytes,
+        "formula_bytes": busiest.formula_bytes,
+        "formula": "; ".join(dict.fromkeys(e.formula for e in busiest.entries if e.formula)),
+        "traffic_notes": tuple(busiest.notes),
+        "memory": seen[fullest].memory,
+        "peak_at": seen[fullest].peak_at,
+        **weights.forecast(candidate.name, plan.scene, fullest, candidate.ranks),
     }
 
 
@@ -237,7 +245,7 @@ def _predict(
         return []
     plan.say("calibrating collectives, and parts of the step alone")
     known = foresee.known_machine(profile, ranks)
-    names = [c.name for c in over_ranks]
+    names = [c.name for c in over_ranks if c.name not in foresee.MESHES]
     parts = foresee.measure_parts(plan.scene, names, ranks, plan.seconds / 3)
     plan.say(repr(parts))
     notes = []

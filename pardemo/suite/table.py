@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import math
 from collections.abc import Mapping
@@ -9,6 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pardemo.measure import Ratio, Timing
+
+from .ledger import Book, Ledger
+from .weighed import STATES, Scales, Weighed
 
 ONE, ALL = "single", "single on all cores"  # the two baselines
 HEADINGS = (
@@ -45,8 +49,11 @@ class Row:
     overlapped_s: float | None = None
     idle_s: float | None = None
     rest_s: float | None = None
+    ledger: Ledger | None = None
+    equal_ranks: int = 0
     memory: Mapping[str, float] = field(default_factory=dict)
-    memory_formula_bytes: float | None = None
+    memory_formula: Mapping[str, float] = field(default_factory=dict)
+    peak_at: str = ""
     vs_one: Ratio | None = None
     vs_all: Ratio | None = None
 
@@ -88,6 +95,14 @@ class Row:
         return self.predicted_s / self.step.median_s - 1
 
     @property
+    def sent_as_formula(self) -> bool:
+        """Whether every rank sent what the closed form says, in every kind, axis and phase."""
+        if self.ledger is not None:
+            return self.ledger.formula_bytes is not None and self.equal_ranks == self.ranks
+        both = (self.formula_bytes, self.sent_bytes)
+        return None not in both and abs((both[0] or 0) - (both[1] or 0)) < 0.5
+
+    @property
     def memory_bytes(self) -> float | None:
         """Everything one rank keeps at the peak of a step."""
         return self.memory.get("peak_bytes") if self.memory else None
@@ -120,7 +135,7 @@ class Row:
     def _formula_cell(self) -> str:
         if self.formula_bytes is None or self.sent_bytes is None:
             return ""
-        if abs(self.formula_bytes - self.sent_bytes) < 0.5:
+        if self.sent_as_formula:
             return "equal"
         return _mega(self.formula_bytes)
 
@@ -132,10 +147,14 @@ class Row:
                 "title", "ranks", "threads", "reason", "equal", "batch_size", "step_s", "status",
                 "throughput", "predicted_s", "predicted_lo_s", "predicted_hi_s", "error",
                 "sent_bytes", "formula_bytes", "formula", "compute_s", "exposed_s",
-                "overlapped_s", "idle_s", "rest_s", "memory_formula_bytes",
+                "overlapped_s", "idle_s", "rest_s", "equal_ranks", "peak_at",
             )
         }  # fmt: skip
         plain["memory"] = dict(self.memory)
+        plain["memory_formula"] = dict(self.memory_formula)
+        plain["ledger"] = [] if self.ledger is None else [
+            dataclasses.asdict(entry) for entry in self.ledger.entries
+        ]  # fmt: skip
         plain["traffic_notes"] = list(self.traffic_notes)
         if self.step is not None:
             plain |= {"lo_s": self.step.lo_s, "hi_s": self.step.hi_s}
@@ -205,11 +224,22 @@ class Table:
         return {row.name: row.memory for row in self.rows if row.memory}
 
     def memory_formula(self) -> dict[str, float]:
-        """Parameters, gradients and optimizer state by formula; activations have none here."""
+        """Parameters, gradients, optimizer state and buffers by formula, for plot.memory."""
         return {
-            row.name: row.memory_formula_bytes for row in self.rows
-            if row.memory and row.memory_formula_bytes is not None
+            row.name: sum(row.memory_formula[f"{kind}_bytes"] for kind in STATES)
+            for row in self.rows if row.memory and row.memory_formula
         }  # fmt: skip
+
+    def book(self) -> Book:
+        """Bytes line by line: collective kind, mesh axis and phase, counted and by formula."""
+        return Book(tuple(row.ledger for row in self.rows if row.ledger and row.ledger.entries))
+
+    def scales(self) -> Scales:
+        """Memory of the fullest rank, kind by kind, weighed and by formula."""
+        return Scales(tuple(
+            Weighed(row.name, row.memory, row.memory_formula, row.peak_at)
+            for row in self.rows if row.memory
+        ))  # fmt: skip
 
     def frame(self) -> Any:
         """A pandas DataFrame with one row per strategy and a column per value."""

@@ -15,7 +15,7 @@ def verdict(table: Table) -> str:
     sound = [row for row in table.timed if row.status in SOUND]
     strategies = [row for row in sound if row.name not in (ONE, ALL)]
     if not strategies:
-        return "\n".join([*facts, "No ranking: no strategy's time could be trusted here and now."])
+        return "\n".join([*facts, *_untrusted(table)])
     best = min(strategies, key=lambda row: row.step_s or 0)
     lines = [
         *facts,
@@ -51,16 +51,49 @@ def doubts(table: Table, here: Machine) -> list[str]:
 
 
 def _facts(table: Table) -> list[str]:
-    """What holds however busy the machine was: equality and bytes."""
+    """What holds however busy the machine was: equality, bytes and memory."""
     proven = [row for row in table.rows if row.equal and not row.reason]
     counted = [row for row in proven if row.sent_bytes and row.formula_bytes is not None]
-    equal = [row for row in counted if abs((row.formula_bytes or 0) - (row.sent_bytes or 0)) < 0.5]
+    equal = [row for row in counted if row.sent_as_formula]
     lines = []
     if proven:
         lines.append(f"{len(proven)} strategies train to the same parameters as one process.")
     if counted:
         lines.append(f"The bytes sent equal the closed form in {len(equal)} of {len(counted)}.")
+    for row in counted:
+        lines += [f"{row.name}: {entry!r}." for entry in (row.ledger.unequal if row.ledger else ())]
+    weighed = [row for row in table.scales().rows if row.formula]
+    if weighed:
+        same = sum(row.states_equal for row in weighed)
+        lines.append(
+            "Parameters, gradients, optimizer state and buffers weigh what the formula says in "
+            f"{same} of {len(weighed)}."
+        )
+    peaks = {row.name: row.memory_bytes for row in proven if row.memory_bytes}
+    if len(peaks) > 1:
+        least = min(peaks, key=lambda name: peaks[name] or 0)
+        lines.append(
+            f"A rank needs least memory under {least}: {(peaks[least] or 0) / 1e6:.3g} MB."
+        )
     return lines
+
+
+def _untrusted(table: Table) -> list[str]:
+    """Times that rank nothing: why, and what they were."""
+    reasons = dict.fromkeys(
+        warning.partition("IQR/median ")[0] if "IQR/median" in warning else warning
+        for row in table.timed for warning in (row.step.warnings if row.step else ())
+    )  # fmt: skip
+    times = ", ".join(
+        f"{row.name} {_ms(row)} ({row.step.lo_s * 1e3:.3g}-{row.step.hi_s * 1e3:.3g})"
+        for row in table.timed if row.step is not None
+    )  # fmt: skip
+    why = f" Reasons: {'; '.join(reasons)}." if reasons else ""
+    return [
+        f"No ranking: no strategy's time could be trusted here and now.{why}",
+        f"Seen all the same, with 95 % intervals, not to be quoted: {times}.",
+        "Bytes, equality and memory above do not depend on how busy the machine was.",
+    ]
 
 
 def _advice(best: Row, sound: list[Row]) -> list[str]:

@@ -81,6 +81,13 @@ def test_the_peak_holds_the_states_and_says_where_it_was():
     assert f"peak {found.peak_bytes / 1e6:.3f}, reached in {found.peak_at}" in repr(found)
 
 
+def test_the_optimizers_state_is_there_in_forward_and_backward_too():
+    net, step = trained()
+    found = weigh(step, net)
+    state = 2 * PARAMETERS * FLOAT
+    assert found.peak_bytes >= PARAMETERS * FLOAT + state + found.activations_bytes - BATCH * IN * 4
+
+
 def test_buffers_and_tied_weights_count_once():
     net = nn.Sequential(nn.BatchNorm1d(IN), nn.Linear(IN, IN), nn.Linear(IN, IN))
     net[2].weight = net[1].weight

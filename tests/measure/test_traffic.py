@@ -261,3 +261,51 @@ def test_an_unknown_operator_is_an_error_and_not_a_zero():
 def test_an_unknown_filter_is_refused():
     with pytest.raises(TypeError, match="no filter 'color'"):
         count(lambda: None).calls(color="red")
+
+
+def by_hand(updates):
+    """One process's own data parallelism: gradients summed, or parameters gathered, by hand."""
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def step():
+        for _ in range(2):
+            loss = net(torch.ones(2, 8)).sum()
+            loss.backward()
+            loss.item()
+        for p in net.parameters():
+            dist.all_reduce(p.grad)  # moves 2(n-1)/n * its bytes
+            p.grad /= N
+        optimizer.step()
+        if updates:
+            for p in net.parameters():
+                dist.broadcast(p.data, src=0)  # moves its bytes
+        dist.all_reduce(loss.detach())  # moves 2(n-1)/n * 4 bytes
+
+    return count(step)
+
+
+def test_gradients_summed_by_hand_belong_to_the_backward(ranks2):
+    for found in ranks2(by_hand, False):
+        assert found.sent_bytes(phase="backward") == PARAMETERS * FLOAT
+        assert found.sent_bytes(phase="forward") == FLOAT  # the loss, after the optimizer
+
+
+def accumulate_fsdp():
+    net = model()
+    for layer in (net[0], net[2]):
+        fully_shard(layer)
+    fully_shard(net)
+
+    def step():
+        for _ in range(2):
+            net(torch.ones(2, 8)).sum().backward()
+
+    step()
+    return count(step)
+
+
+def test_what_the_second_forward_gathers_is_not_the_first_backwards(ranks2):
+    found = ranks2(accumulate_fsdp)[0]
+    assert found.payload_bytes(kind="all_gather", phase="forward") == 2 * PARAMETERS * FLOAT
+    assert found.payload_bytes(kind="all_gather", phase="backward") == 2 * PARAMETERS * FLOAT

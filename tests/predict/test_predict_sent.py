@@ -177,3 +177,26 @@ def test_wire_factors_are_those_of_nccl_tests():
     assert predict.wire_bytes("alltoall", 800, 4) == 600
     with pytest.raises(ValueError, match="unknown collective"):
         predict.wire_factor("all_red", 2)
+
+
+def test_forward_and_backward_are_told_apart():
+    fsdp = predict.sent_bytes("fsdp", ranks=2, parameters=P, root=100, units=3, loss_bytes=4)
+    assert fsdp.by_phase() == {"forward": P * 2 + 4, "backward": (P - 100) * 2 + P * 2}
+    zero1 = predict.sent_bytes("zero1", ranks=4, parameters=P, style="all_reduce_broadcast")
+    assert zero1.by_phase() == {"backward": 1.5 * P * 4, "optimizer": P}
+    again = predict.sent_bytes("tensor", ranks=2, layers=1, activation_bytes=10, recompute=True)
+    assert again.by_phase() == {"forward": 20, "backward": 40}  # the forward again, and its own 2
+    ends = [predict.sent_bytes("pipeline", ranks=3, rank=r, activation_bytes=5) for r in range(3)]
+    assert [end.by_phase() for end in ends] == [
+        {"forward": 5}, {"forward": 5, "backward": 5}, {"backward": 5}
+    ]  # fmt: skip
+
+
+def test_frozen_parameters_are_gathered_but_not_reduced():
+    s = predict.sent_bytes("fsdp", ranks=2, parameters=P, frozen=400)
+    assert s.by_kind() == {"all_gather": 2 * P * 2, "reduce_scatter": (P - 400) * 2}
+
+
+def test_a_message_says_how_many_ranks_take_part():
+    s = predict.sent_bytes("hsdp", shard=4, replicate=2, parameters=P)
+    assert {m.axis: m.ranks for m in s.messages} == {"shard": 4, "replicate": 2}

@@ -1,0 +1,92 @@
+"""A witness without pardemo: one process, DDP, and DDP with a hook that sends nothing, by hand.
+
+    python tests/suite/bare_ddp.py 2
+
+Plain torch and multiprocessing. Prints one JSON line with the median seconds of a step of each,
+all interleaved in shuffled rounds; a step's time is that of the slowest rank.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+import time
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+WIDTH, BATCH, ROUNDS, STEPS, WARM = 768, 256, 12, 6, 3
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10)
+    )
+
+
+def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(size, 64), torch.randint(10, (size,))
+
+
+def send_nothing(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+def trainer(net: nn.Module, share: int) -> object:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    inputs, targets = batch(share)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(inputs), targets).backward()
+        optimizer.step()
+
+    return step
+
+
+def work(rank: int, ranks: int, meeting: str, answer: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+    plain, silent = DistributedDataParallel(model()), DistributedDataParallel(model())
+    silent.register_comm_hook(None, send_nothing)
+    steps = {
+        "single": trainer(model(), BATCH),
+        "ddp": trainer(plain, BATCH // ranks),
+        "noop": trainer(silent, BATCH // ranks),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    order = random.Random(0)
+    for _ in range(ROUNDS):
+        for name in order.sample(list(steps), len(steps)):
+            for i in range(WARM + STEPS):
+                dist.barrier()
+                start = time.perf_counter()
+                if name != "single" or rank == 0:
+                    steps[name]()  # type: ignore[operator]
+                took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+                dist.all_reduce(took, op=dist.ReduceOp.MAX)
+                if i >= WARM:
+                    times[name].append(float(took))
+    if rank == 0:
+        with open(answer, "w") as out:
+            medians = {name: float(torch.tensor(t).median()) for name, t in times.items()}
+            json.dump(medians, out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 2
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (count, f"{folder}/meeting", f"{folder}/answer"), nprocs=count)
+        with open(f"{folder}/answer") as found:
+            print(found.read())
