@@ -1,10 +1,10 @@
 """Time of one collective from measured points: interpolate inside, fit only to extrapolate.
 
 One `Curve` per (collective, ranks, nodes). Inside the measured sizes a monotone cubic in log-log,
-of the time over its alpha-beta fit, so that few points are enough; outside them alpha + beta x
-size, fitted with relative weights to the nearest points, and the evidence says "extrapolated". A
-curve is never carried to another world size silently: `CurveSet.time` does it by the ring's step
-count and says so.
+of the time over a fit (latency, pipeline fill, bandwidth), so that few points are enough; outside
+them alpha + beta x size, fitted with relative weights to the nearest points, and the evidence says
+"extrapolated". A curve is never carried to another world size silently: `CurveSet.time` does it by
+the ring's step count and says so.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
+from scipy.optimize import nnls
 
 from pardemo.predict.prediction import human
 from pardemo.predict.wire import kind_of, wire_factor
@@ -54,6 +55,23 @@ def fit_alpha_beta(sizes: Points, times: Points) -> AlphaBeta:
     return AlphaBeta(float(alpha), float(beta))
 
 
+def _shapes(sizes: np.ndarray) -> np.ndarray:
+    return np.stack([np.ones_like(sizes), np.sqrt(sizes), sizes], axis=1)
+
+
+def fit_pipelined(sizes: Points, times: Points) -> np.ndarray:
+    """(a, g, b) of a + g sqrt(size) + b size, none negative, by relative errors.
+
+    A transfer cut into chunks fills a pipeline: with the best chunk it takes
+    (sqrt(a) + sqrt(b size))^2, whose middle term is what alpha and beta alone cannot follow.
+    """
+    s, t = np.asarray(sizes, float), np.asarray(times, float)
+    a = _shapes(s) / t[:, None]
+    scale = a.max(axis=0)
+    found, _ = nnls(a / scale, np.ones_like(t))
+    return np.asarray(found / scale)
+
+
 class Curve:
     """Measured times of one collective at one world size; `curve(size)` -> (seconds, evidence)."""
 
@@ -75,9 +93,14 @@ class Curve:
         # the same size measured twice: the median of its times
         self.times = np.array([float(np.median(t[s == u])) for u in self.sizes])
         self._fit, self._inside = AlphaBeta(float(self.times[0]), 0.0), None
+        self._base = np.array([float(self.times[0]), 0.0, 0.0])
         if len(self.sizes) >= 2:
             self._fit = fit_alpha_beta(self.sizes, self.times)
-            ratio = self.times / self._fit(self.sizes)
+            self._base = np.array([self._fit.alpha_s, 0.0, self._fit.beta_s_per_byte])
+        if len(self.sizes) >= 3:
+            self._base = fit_pipelined(self.sizes, self.times)
+        if len(self.sizes) >= 2:
+            ratio = self.times / (_shapes(self.sizes) @ self._base)
             self._inside = PchipInterpolator(np.log(self.sizes), np.log(ratio))
 
     def __repr__(self) -> str:
@@ -101,7 +124,8 @@ class Curve:
             if self._inside is None:
                 return float(self.times[0]), f"measured, {self}"
             ratio = float(np.exp(self._inside(np.log(size_bytes))))
-            return ratio * self._fit(size_bytes), f"interpolated, {self}"
+            base = float((_shapes(np.array([size_bytes])) @ self._base)[0])
+            return ratio * base, f"interpolated, {self}"
         where = f"{human(size_bytes, 'bytes')} outside {human(lo, 'bytes')} to {human(hi, 'bytes')}"
         return self._outside(size_bytes), f"extrapolated: {where}, {self}"
 

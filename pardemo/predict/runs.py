@@ -63,12 +63,15 @@ def runs(table: Table) -> Runs:
         raise TableError(f"{table.path}: no usable row ({why})")
     good = np.flatnonzero(~bad)
     c = finish(take(c, good), per_node[good])
-    known = nodes[good]
-    c["nodes"] = np.where(np.isfinite(known), known, c["nodes"])
+    stated_nodes = nodes[good]
+    c["nodes"] = np.where(np.isfinite(stated_nodes), stated_nodes, c["nodes"])
+    tokens = c["dp"] * c["microbatch"] * c["microbatches"] * c["seq"]
+    known = np.array([g.known for g in facts]) | np.isfinite(table.numbers("peak_tflops"))
+    check_units(table, c, tokens, seconds[good], known[good])
+    check_memory(table, memory[good], capacity[good])
     source = [f"{n} | {t}" for n, t in zip(names, table.text("table", ""), strict=True)]
     label = [f"{m}" for m in table.text("model", "")]
     shape = [f"{int(a)}x{int(b)}" for a, b in zip(c["layers"], c["hidden"], strict=True)]
-    tokens = c["dp"] * c["microbatch"] * c["microbatches"] * c["seq"]
     where = [
         f"{label[r]} {shape[i]} on {int(c['ranks'][i])} GPUs, {tokens[i]:.0f} tokens"
         for i, r in enumerate(good)
@@ -87,6 +90,51 @@ def runs(table: Table) -> Runs:
         skipped,
         unknown,
     )
+
+
+UNITS = {
+    "iterations": "iter_ms in milliseconds and global_batch in sequences",
+    "layouts": "step_s in seconds and tok_s_gpu in tokens per second",
+    "training": "iter_s in seconds and tok_s_gpu in tokens per second",
+}
+# nothing sold computes faster than this, FLOP/s of one device in 16 bits
+FASTEST = 3e15
+
+
+def check_units(
+    table: Table, c: Columns, tokens: np.ndarray, seconds: np.ndarray, known: np.ndarray
+) -> None:
+    """Refuse a table most of whose rows beat their GPU's peak, or reach 1/500 of it: wrong units.
+
+    The causal half of attention is not counted, and float8 may double the peak.
+    """
+    scores = 6 * c["layers"] * c["hidden"] * c["seq"]
+    per_token = 6 * (c["layers"] * c["active_p"] + c["table_p"]) + scores
+    rate = per_token * tokens / seconds / c["ranks"]
+    timed = np.isfinite(rate)
+    if not timed.any():
+        return
+    limit = np.where(known, c["peak"] * np.where(c.get("float8", 0 * tokens) > 0, 2, 1), FASTEST)
+    share = float(np.median((rate / limit)[timed]))
+    if share > 1:
+        word = f"are {share:.3g} times faster than their GPUs can compute"
+    elif share < 0.002 and known[timed].all():
+        word = f"reach {share:.1g} of their GPUs' peak"
+    else:
+        return
+    raise TableError(f"{table.path}: most rows {word}: is {UNITS[table.kind]}?")
+
+
+def check_memory(table: Table, memory: np.ndarray, capacity: np.ndarray) -> None:
+    """Refuse memory readings that most devices could not hold, or that are next to nothing."""
+    share = (memory / capacity)[np.isfinite(memory)]
+    middle = float(np.median(share)) if len(share) else 0.5
+    if not 0.0005 < middle < 3:
+        column = "mem_gb in GB" if table.has("mem_gb") else "mem_gib in GiB"
+        raise TableError(
+            f"{table.path}: memory readings are {middle:.3g} times the device's memory in the "
+            f"median: is {column}?"
+        )
 
 
 def _unusable(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pardemo.predict.fit import Fit
-from pardemo.predict.score_other import score_collectives, score_ddp
+from pardemo.predict.score_collectives import score_collectives
+from pardemo.predict.score_other import score_ddp
 from pardemo.predict.score_runs import score_runs
 from pardemo.predict.stats import finite, percent
 from pardemo.predict.tables import read
@@ -72,7 +73,11 @@ class Score:
 
 _TITLES = {
     "time": "time",
-    "extrapolated_nodes": "other node counts (extrapolated)",
+    "one_node": "time on one node",
+    "several_nodes": "time on several nodes",
+    "inside": "sizes inside the measured range (interpolated)",
+    "between_nodes": "between measured node counts, one size (no curve there)",
+    "unseen": "curves without a calibrated point (data sheets, extrapolated)",
     "memory": "memory",
 }
 
@@ -114,9 +119,11 @@ def _regret(s: dict[str, Any]) -> list[str]:
 def _out_of_memory(s: dict[str, Any]) -> list[str]:
     if not s:
         return []
+    crashed = s.get("failed_below_half", 0)
     return [
         f"  out of memory: {percent(s['foreseen'])} of {s['rows']} foreseen, false alarms "
-        f"{percent(s['false_alarms'])}, AUC {s['auc']:.3f}"
+        f"{percent(s['false_alarms'])}, AUC {s['auc']:.3f}; {crashed} of them failed at under half "
+        "of the device's memory by prediction"
     ]
 
 
@@ -128,7 +135,7 @@ def score(path: str | Path, calibrate_rows: int | None = None, seed: int = 0) ->
     """
     table = read(path)
     if table.kind == "collectives":
-        return Score(str(path), table.kind, seed, score_collectives(table, calibrate_rows))
+        return Score(str(path), table.kind, seed, score_collectives(table, calibrate_rows, seed))
     if table.kind == "ddp":
         return Score(str(path), table.kind, seed, score_ddp(table, calibrate_rows, seed))
     found = score_runs(table, calibrate_rows, seed)

@@ -86,7 +86,13 @@ def score_runs(table: Table, wanted: int | None, seed: int) -> RunScore:
         "predicted": len(answered),
         "refused": int(refused.sum()),
         "time": errors(predicted[answered], data.seconds[answered]),
+        "skipped": data.skipped,
+        "unknown_gpus": list(data.unknown),
     }
+    far = data.columns["nodes"][answered] > 1
+    if far.any() and not far.all():  # one median over both would hide the harder half
+        for name, some in (("one_node", answered[~far]), ("several_nodes", answered[far])):
+            stats[name] = errors(predicted[some], data.seconds[some])
     if len(answered):
         lo, hi = held_out_spread(
             seconds, time_fits["time"], take(data.columns, learn), data.seconds[learn]
@@ -179,5 +185,6 @@ def memory_stats(data: Runs, learn: np.ndarray, peak: np.ndarray) -> dict[str, A
             "foreseen": float(over[failed].mean()),
             "false_alarms": float(over[~failed].mean()) if (~failed).any() else 0.0,
             "auc": auc(peak[rest] / data.capacity[rest], failed),
+            "failed_below_half": int((failed & (peak[rest] < data.capacity[rest] / 2)).sum()),
         }
     return out

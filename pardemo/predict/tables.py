@@ -51,6 +51,7 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]] = {
     ),
     "ddp": (("model", "config", "gpus", "strategy"), (("iter_s_p50", "ex_s_per_gpu", "steps_s"),)),
 }
+LARGEST = 1e24  # of any number in a table: bytes, FLOP/s and tokens stay far below
 MISSING = ("", "nan", "none", "null", "na", "n/a", "-")
 
 
@@ -90,6 +91,9 @@ class Table:
             except ValueError:
                 where = f"{self.path}: line {self.lines[i]}, column {column!r}"
                 raise TableError(f"{where}: {cell[:40]!r} is not a number") from None
+            if abs(out[i]) > LARGEST:
+                where = f"{self.path}: line {self.lines[i]}, column {column!r}"
+                raise TableError(f"{where}: {cell[:40]!r} is beyond any size, time or rate")
         return np.where(np.isnan(out) & ~math.isnan(default), default, out)
 
 

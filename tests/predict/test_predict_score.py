@@ -39,7 +39,7 @@ def _iterations(tmp_path, count=120, noise=0.02):
         tp, dp, pp = (int(rng.choice([1, 2, 4])) for _ in range(3))
         micro, m = int(rng.choice([1, 2, 4])), int(rng.choice([1, 2, 8]))
         hidden, layers = int(rng.choice([1024, 2048, 4096])), int(rng.choice([12, 24]))
-        rows.append([tp * dp * pp, dp * micro * m, micro, hidden, 16, layers, 1024, tp, dp, pp, 1,
+        rows.append([tp * dp * pp, dp * micro * m, micro, hidden, 16, layers, 1024, tp, dp, pp, 500,
                      "A100"])  # fmt: skip
     path = _write(tmp_path / "runs.csv", header, rows)
     c = runs(read(path)).columns
@@ -89,7 +89,7 @@ def test_runs_on_many_more_nodes_than_calibrated_are_refused(tmp_path):
     assert list(refused) == [False, False, True, True]
 
 
-def _layouts(tmp_path):
+def _layouts(tmp_path, memory_unit=1.0):
     """Layout rows whose memory is 20 bytes per parameter; those above 80 GB ran out."""
     header = ["model", "layers", "hidden", "heads", "ffn", "vocab", "seq", "nodes", "gpus", "mbs",
               "grad_acc", "gbs", "dp", "pp", "tp", "zero", "step_s", "mem_gb", "status",
@@ -100,7 +100,7 @@ def _layouts(tmp_path):
             for mbs in (1, 2, 4, 8, 16):
                 dp = 64 // tp // pp
                 peak = 20e-9 * 8e9 / tp / pp + 3 * mbs / tp
-                status, reading = ("ok", peak) if peak < 80 else ("oom_or_crash", "")
+                status, reading = ("ok", peak / memory_unit) if peak < 80 else ("oom_or_crash", "")
                 row = ["8B", 32, 4096, 32, 14336, 131072, 4096, 8, 64, mbs, 4, 4 * mbs * dp, dp]
                 row += [pp, tp, 1, 2.0 + mbs * 0.8, reading, status, "H100-80GB"]
                 rows.append(row)
@@ -153,6 +153,32 @@ def test_collective_points_are_predicted_from_their_neighbours(tmp_path):
     assert stats["time"]["median_error"] < 0.02
     few = predict.score(tmp_path / "c.csv", 8).stats
     assert few["calibrated"] == 8
+    assert few["inside"] == few["time"]
+    assert few["inside"]["rows"] == 2 * 11 - 8
+    with pytest.raises(TableError, match="leaves nothing to predict: 22 usable rows"):
+        predict.score(tmp_path / "c.csv", 22)
+
+
+def test_curves_that_no_point_was_left_for_are_reported_apart(tmp_path):
+    rows = [
+        ["all_reduce", n, 1, 2**k, 50 + 2**k / 1e5, "A100"]
+        for n in (2, 4)
+        for k in (16, 20, 24, 28)
+    ]
+    header = ["collective", "ranks", "nodes", "size_bytes", "time_us", "gpu"]
+    path = _write(tmp_path / "c.csv", header, rows)
+    three = predict.score(path, 3).stats
+    assert (three["inside"]["rows"], three["unseen"]["rows"]) == (1, 4)
+    none = predict.score(path, 0).stats
+    assert (none["calibrated"], none["unseen"]["rows"], none["basis"]) == (0, 8, "unseen")
+
+
+def test_a_time_that_its_bandwidth_contradicts_is_refused(tmp_path):
+    header = ["collective", "ranks", "nodes", "size_bytes", "time_us", "algbw_GBps"]
+    rows = [["all_reduce", 8, 1, 10**k, 10**k / 1e5, 100e-3] for k in (6, 7, 8, 9)]
+    path = _write(tmp_path / "c.csv", header, rows)
+    with pytest.raises(TableError, match="is time_us in microseconds"):
+        predict.score(_scaled(path, "time_us", 1e-3))
 
 
 def test_ddp_tables_are_predicted_from_one_gpus_step(tmp_path):
@@ -178,6 +204,8 @@ def test_ddp_tables_are_predicted_from_one_gpus_step(tmp_path):
         ("collective,ranks,nodes,size_bytes,time_us\nall_reduce,8,1,big,3\n", "line 2, column"),
         ("collective,ranks,nodes,size_bytes,time_us\nall_redeuce,8,1,1,3\n", "line 2: unknown"),
         ("collective,ranks,nodes,size_bytes,time_us\nall_reduce,8,1,1,3\n", "nothing to predict"),
+        ("collective,ranks,nodes,size_bytes,time_us\nall_reduce,8,1,inf,3\n", "'inf' is beyond"),
+        ("collective,nodes,size_bytes,time_us\nall_reduce,1,1,3\n", "lacks the columns ranks"),
     ],
 )
 def test_a_malformed_file_gives_one_clear_line_and_exit_code_2(tmp_path, capsys, text, message):
@@ -210,6 +238,40 @@ def test_rows_that_contradict_themselves_are_skipped_and_counted(tmp_path):
     path.write_text("\n".join([lines[0], lines[1]]) + "\n")
     with pytest.raises(TableError, match="no usable row"):
         runs(read(path))
+
+
+def test_columns_in_another_order_and_further_ones_change_nothing(tmp_path):
+    path = _iterations(tmp_path, 16)
+    rows = list(csv.reader(path.read_text().splitlines()))
+    as_given = predict.score(path, 6).stats
+    _write(path, ["note", *reversed(rows[0])], [["x", *reversed(r)] for r in rows[1:]])
+    assert predict.score(path, 6).stats == as_given
+
+
+def _scaled(path, column, factor):
+    header, *rows = csv.reader(path.read_text().splitlines())
+    i = header.index(column)
+    return _write(path, header, [[*r[:i], float(r[i]) * factor, *r[i + 1 :]] for r in rows])
+
+
+@pytest.mark.parametrize(("factor", "word"), [(1e-3, "faster than"), (1e3, "of their GPUs' peak")])
+def test_times_in_another_unit_are_refused_and_the_unit_named(tmp_path, factor, word):
+    path = _scaled(_iterations(tmp_path, 16), "iter_ms", factor)
+    with pytest.raises(TableError, match=f"{word}.*is iter_ms in milliseconds"):
+        predict.score(path, 6)
+
+
+def test_memory_readings_in_another_unit_are_refused(tmp_path):
+    with pytest.raises(TableError, match="is mem_gb in GB"):
+        predict.score(_layouts(tmp_path, memory_unit=1e-3))
+
+
+def test_an_unknown_gpu_is_named_and_its_rows_are_still_predicted(tmp_path):
+    path = _iterations(tmp_path, 40)
+    path.write_text(path.read_text().replace("A100", "Zorg-9"))
+    found = predict.score(path, 20)
+    assert found.stats["time"]["median_error"] < 0.1
+    assert "unknown GPU 'Zorg-9'" in repr(found)
 
 
 def test_statistics_have_known_answers():
