@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import weakref
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
-from pardemo.launch import progress, torchrun
+from pardemo.launch import progress, torchrun, watch
 from pardemo.launch.results import Results
 from pardemo.launch.session import Session, Setup
 from pardemo.machine import machine
@@ -46,10 +47,13 @@ def launch(
     Raises RankFailed, which names the rank at fault; RankTimeout with every rank's stack.
     """
     ranks = Ranks(nprocs, threads, timeout, start, backend, seed, echo, env, debug)
-    try:
-        return ranks.run(fn, args, kwargs, last=True)
-    finally:
-        ranks.close()
+    if ranks.in_place:
+        return ranks.run(fn, args, kwargs)
+    with _undisturbed():
+        try:
+            return ranks.run(fn, args, kwargs, last=True)
+        finally:
+            ranks.close()
 
 
 class Ranks:
@@ -89,7 +93,8 @@ class Ranks:
 
     def __enter__(self) -> Ranks:
         if not self.in_place:
-            self._ready()
+            with _undisturbed():
+                self._ready()
         return self
 
     def __exit__(
@@ -120,9 +125,10 @@ class Ranks:
 
     def close(self) -> None:
         """End the ranks; the next call starts new ones."""
-        if self._session is not None:
-            self._finalizer()
-            self._session = None
+        with watch.interrupts_held():
+            if self._session is not None:
+                self._finalizer()
+                self._session = None
 
     def _ready(self) -> Session:
         if self._session is not None and not self._session.alive:
@@ -148,11 +154,22 @@ class Ranks:
         """Run a call on all ranks, or on those in `only`; the `last` one ends the ranks."""
         if self.in_place:
             return torchrun.run(fn, args, kwargs, self.wanted, self.setup)
+        with _undisturbed():
+            return self._run(fn, tuple(args), kwargs, last, only)
+
+    def _run(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        last: bool,
+        only: list[int] | None,
+    ) -> Results:
         began = time.monotonic()
         session = self._ready()
         ready_s = time.monotonic() - began
         session.output.clear()
-        values = session.call(fn, tuple(args), kwargs, last, only)
+        values = session.call(fn, args, kwargs, last, only)
         return Results(
             values=tuple(values.values()),
             nprocs=self.setup.nprocs,
@@ -162,6 +179,11 @@ class Ranks:
             elapsed_s=time.monotonic() - began,
             output=session.output.text(),
         )
+
+
+def _undisturbed() -> contextlib.AbstractContextManager[None]:
+    """Interrupts arrive where the kernel waits for ranks; at once where it is a rank itself."""
+    return contextlib.nullcontext() if torchrun.driver is not None else watch.interrupts_held()
 
 
 def _start(start: str) -> str:

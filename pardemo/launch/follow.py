@@ -6,7 +6,7 @@ import queue
 import signal
 import time
 
-from pardemo.launch import failure, story
+from pardemo.launch import failure, story, watch
 from pardemo.launch.failure import Outcome
 from pardemo.launch.group import Event, Group
 from pardemo.launch.live import Live
@@ -33,12 +33,13 @@ class Follow:
         call: int,
         goal: str,
         timeout: float | None,
+        began: float | None = None,
     ) -> None:
         self.group, self.output = group, output
         self.call, self.goal, self.timeout = call, goal, timeout
         self.outcomes = {rank: Outcome(rank) for rank in ranks}
         self.live = Live(len(ranks))
-        self.began = time.monotonic()
+        self.began = time.monotonic() if began is None else began
 
     def run(self) -> dict[int, Outcome]:
         """The outcomes once every rank has returned; RankFailed or RankTimeout otherwise."""
@@ -56,7 +57,8 @@ class Follow:
                 if verdict_at is None and self._someone_left():
                     break
             ends = [t for t in (deadline, verdict_at, look_at) if t is not None and t > now]
-            self.take(self.next(min([*(t - now for t in ends), _LONGEST_WAIT_S])))
+            with watch.interrupts_allowed():
+                self.take(self.next(min([*(t - now for t in ends), _LONGEST_WAIT_S])))
             verdict_at = self._verdict_at(verdict_at)
         if any(o.kind != "returned" for o in self.outcomes.values()):
             raise self._failure(None)
@@ -92,7 +94,7 @@ class Follow:
         self.ask(self.waiting, ASK_S, dump=True)
         self.live.finish("failed")
         self.output.flush()
-        return story.failure(self.outcomes, self.began, timeout)
+        return story.failure(self.outcomes, self.began, timeout, self.goal == "ready")
 
     def stopped(self) -> str:
         """After the stop button: where every rank was."""
@@ -105,7 +107,7 @@ class Follow:
         """Ask ranks where they are; with `dump`, a C-level stack of those that cannot say."""
         for outcome in asked:
             outcome.where = {}
-            self.group.send(outcome.rank, "where")
+            self.group.ask(outcome.rank)
         self._await_answers(asked, seconds)
         silent = [o for o in asked if not o.where and o.kind == "waiting"]
         if dump and silent:

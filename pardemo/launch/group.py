@@ -13,6 +13,8 @@ import os
 import queue
 import selectors
 import signal
+import socket
+import struct
 import termios
 import threading
 from collections.abc import Callable, Sequence
@@ -61,10 +63,29 @@ class Group:
         self._wake_r, self._wake_w = os.pipe()
         threading.Thread(target=self._pump, daemon=True, name="pardemo-pump").start()
 
-    def send(self, rank: int, kind: str, body: Sequence[wire.Part] = (), **meta: Any) -> None:
-        """Send to one rank; a rank that is gone is reported by its own event, not here."""
-        with contextlib.suppress(OSError):
+    def limit_sends(self, seconds: float) -> None:
+        """Give up a send to a rank that takes nothing for so long: it is stopped, or stuck."""
+        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        for channel in self.channels:
+            channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    def send(self, rank: int, kind: str, body: Sequence[wire.Part] = (), **meta: Any) -> bool:
+        """Send to one rank; False if it did not take it in time.
+
+        A rank that is gone is reported by its own event, not here.
+        """
+        try:
             self.channels[rank].send(kind, body, **meta)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def ask(self, rank: int) -> None:
+        """Ask a rank where it is; one that has not read our last words is not asked again."""
+        with contextlib.suppress(OSError):
+            self.channels[rank].send("where", flags=socket.MSG_DONTWAIT)
 
     def signal(self, rank: int, signum: int) -> None:
         """Send a signal to one rank that is still alive."""

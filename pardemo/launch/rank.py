@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import multiprocessing.process
 import os
 import queue
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -28,13 +30,21 @@ import torch.distributed as dist
 from pardemo.launch import inside, pickling, progress, wire
 
 
-def main(rank: int, control_fd: int, out_fd: int, err_fd: int, stacks_fd: int) -> None:
-    """Run as rank `rank` on the given descriptors; never returns."""
+def main(
+    rank: int, control_fd: int, out_fd: int, err_fd: int, stacks_fd: int, *, folder: str = ""
+) -> None:
+    """Run as rank `rank` on the given descriptors; never returns.
+
+    `folder` takes what multiprocessing keeps on disk, here and in this rank's own children.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the kernel stops ranks itself
     _redirect(out_fd, err_fd)
-    faulthandler.enable(file=stacks_fd, all_threads=False)  # for a death in native code
+    faulthandler.enable(file=stacks_fd, all_threads=True)  # a signal may reach any thread
     faulthandler.register(signal.SIGUSR1, file=stacks_fd, all_threads=True)
-    Rank(rank, socket.socket(fileno=control_fd)).serve()
+    if folder:
+        config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
+        config["tempdir"] = folder
+    Rank(rank, socket.socket(fileno=control_fd), folder).serve()
     os._exit(0)
 
 
@@ -52,8 +62,8 @@ def _redirect(out_fd: int, err_fd: int) -> None:
 class Rank:
     """What one rank keeps between calls."""
 
-    def __init__(self, rank: int, sock: socket.socket) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, sock: socket.socket, folder: str) -> None:
+        self.rank, self.folder = rank, folder
         self.channel = wire.Channel(sock)
         self.reader = wire.Reader(sock)
         self.inbox: queue.SimpleQueue[wire.Message] = queue.SimpleQueue()
@@ -86,6 +96,8 @@ class Rank:
                 self.channel.send("where", **inside.where(self.main_thread))
             else:
                 self.inbox.put(message)
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
         os.killpg(0, signal.SIGKILL)  # the kernel is gone, or has dropped this group
 
     def _run(self, message: wire.Message) -> bool:

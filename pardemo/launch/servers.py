@@ -11,10 +11,14 @@ import functools
 import json
 import multiprocessing.connection as mpc
 import os
+import resource
+import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +30,7 @@ import torch.multiprocessing as mp
 from pardemo.launch import rank as rank_module
 from pardemo.launch import watch
 
+_FDS_PER_RANK = 4  # a socket and three pipes
 Reading = Callable[[], list[tuple[int, str, Any]]]
 
 
@@ -60,15 +65,40 @@ class Started:
 
 def _open_ends(nprocs: int) -> tuple[list[RankEnd], list[list[int]]]:
     """The kernel's ends, and the descriptors each rank gets."""
+    made: list[int] = []
+    try:
+        for _ in range(nprocs):
+            here, there = socket.socketpair()
+            made += [here.detach(), there.detach()]
+            for _ in range(3):
+                made += os.pipe()
+    except OSError as error:
+        for fd in made:
+            os.close(fd)
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise OSError(
+            error.errno,
+            f"{nprocs} ranks need {_FDS_PER_RANK * nprocs} open descriptors here, and as many "
+            f"again while they start; this process may have {limit} in all (ulimit -n): "
+            f"{error.strerror}",
+        ) from None
     ends, theirs = [], []
     for rank in range(nprocs):
-        here, there = socket.socketpair()
-        pipes = [os.pipe() for _ in range(3)]
-        for reading, _ in pipes:
+        here_fd, there_fd, *pipes = made[8 * rank : 8 * rank + 8]
+        for reading in pipes[::2]:
             os.set_blocking(reading, False)
-        ends.append(RankEnd(rank, here, *(reading for reading, _ in pipes)))
-        theirs.append([there.detach(), *(writing for _, writing in pipes)])
+        ends.append(RankEnd(rank, socket.socket(fileno=here_fd), *pipes[::2]))
+        theirs.append([there_fd, *pipes[1::2]])
     return ends, theirs
+
+
+def temporary_folder() -> str:
+    """Where multiprocessing in the ranks keeps its sockets: a killed rank leaves them behind, so
+    whoever outlives the group removes the folder. Empty where none can be made."""
+    try:
+        return tempfile.mkdtemp(prefix="pardemo-ranks-")
+    except OSError:
+        return ""
 
 
 class ForkServer:
@@ -105,6 +135,9 @@ class ForkServer:
     def wait_ready(self) -> None:
         """Wait for its import of torch, the first time; may be interrupted and called again."""
         with self._lock:
+            if not self.ready:
+                with watch.interrupts_allowed():
+                    select.select([self.sock], [], [])  # its word is taken when it is there
             if not self.ready and self.sock.recv(16) != b"ready":
                 raise RuntimeError(
                     f"the fork server could not start (exit status {self.process.wait()}); "
@@ -116,15 +149,22 @@ class ForkServer:
         """Fork `nprocs` ranks."""
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ends, theirs = _open_ends(nprocs)
+        folder = temporary_folder()
         socket.send_fds(self.sock, [b"group"], [there.fileno()])
         there.close()
         for rank, fds in enumerate(theirs):
-            socket.send_fds(here, [json.dumps({"fork": rank}).encode()], fds)
+            request = json.dumps({"fork": rank, "folder": folder})
+            socket.send_fds(here, [request.encode()], fds)
             for fd in fds:
                 os.close(fd)
         watch.close_in_children(here)
         watched: dict[int, Reading] = {here.fileno(): functools.partial(_read_group, here)}
-        return Started(ends, watched, functools.partial(_end, here), here.close)
+
+        def release() -> None:
+            here.close()
+            shutil.rmtree(folder, ignore_errors=True)
+
+        return Started(ends, watched, functools.partial(_end, here), release)
 
 
 def _read_group(sock: socket.socket) -> list[tuple[int, str, Any]]:
@@ -184,8 +224,10 @@ def spawn(nprocs: int) -> Started:
     """Start ranks with torch.multiprocessing.spawn: slower, and works wherever torch does."""
     ends, theirs = _open_ends(nprocs)
     connections = [[mpc.Connection(fd) for fd in fds] for fds in theirs]
+    folder = temporary_folder()
     with _main_hidden():
-        context = mp.spawn(_spawned, args=(connections, os.getpid()), nprocs=nprocs, join=False)
+        arguments = (connections, os.getpid(), folder)
+        context = mp.spawn(_spawned, args=arguments, nprocs=nprocs, join=False)
     for connection in (c for row in connections for c in row):
         connection.close()
     processes = context.processes
@@ -205,6 +247,7 @@ def spawn(nprocs: int) -> Started:
         for process in processes:
             process.join()
             process.close()
+        shutil.rmtree(folder, ignore_errors=True)
 
     sentinels: dict[int, Reading] = {
         p.sentinel: functools.partial(died, i) for i, p in enumerate(processes)
@@ -226,7 +269,7 @@ def _main_hidden() -> Iterator[None]:
         main.update(hidden)
 
 
-def _spawned(rank: int, connections: list[list[Any]], kernel: int) -> None:
+def _spawned(rank: int, connections: list[list[Any]], kernel: int, folder: str) -> None:
     """What torch.multiprocessing.spawn runs in each new process."""
     os.setpgid(0, 0)
     mp.set_start_method(None, force=True)  # DataLoader workers start as in any other process
@@ -238,7 +281,7 @@ def _spawned(rank: int, connections: list[list[Any]], kernel: int) -> None:
             connection.close()
     if os.getppid() != kernel:
         os._exit(1)
-    rank_module.main(rank, *fds)
+    rank_module.main(rank, *fds, folder=folder)
 
 
 def _kill_group(pid: int) -> None:

@@ -40,28 +40,27 @@ class Session:
     """A live group; once a call has failed or was stopped, it is over."""
 
     def __init__(self, setup: Setup, echo: bool) -> None:
-        began = time.monotonic()
         self.setup = setup
         self.output = Output(setup.nprocs, echo)
         self.calls = 0
         self.group: Group | None = None
+        self.store: Any = None
         limit = _START_S + _START_EACH_S * setup.nprocs
         if setup.start == "forkserver":
             servers.fork_server().wait_ready()
-        self.store: Any = rendezvous.open_store(limit)
         try:
-            with watch.interrupts_held():
-                self.group = Group(setup.nprocs, setup.start)
+            self.store = rendezvous.open_store(limit)
+            self.group = Group(setup.nprocs, setup.start)
             self._send_setup(self.store.port)
             self._follow(self.group, range(setup.nprocs), "ready", limit)
         except BaseException:
             self.close()
             raise
-        self.ready_s = time.monotonic() - began
 
     def _send_setup(self, port: int) -> None:
         setup = self.setup
         group_timeout = (setup.timeout or _NO_LIMIT_S) + _GROUP_EXTRA_S
+        self._group.limit_sends(setup.timeout or _NO_LIMIT_S)
         for rank in range(setup.nprocs):
             own = rendezvous.environment(rank, setup.nprocs, setup.threads, port, setup.debug)
             own |= setup.rank_env[rank] if setup.rank_env else {}
@@ -97,38 +96,46 @@ class Session:
         RankFailed when a rank fails; the group is over then.
         """
         call = (fn, args, kwargs)
-        parts, sources = pickling.pack(call, f"the call of {getattr(fn, '__name__', fn)}")
-        warning = pickling.size_warning(call, parts)
+        with watch.interrupts_allowed():
+            parts, sources = pickling.pack(call, f"the call of {getattr(fn, '__name__', fn)}")
+            warning = pickling.size_warning(call, parts)
         if warning:
             print(f"note: {warning}", file=sys.stderr)
         ranks = list(range(self.setup.nprocs)) if only is None else only
         self.calls += 1
         try:
+            began = time.monotonic()
+            taken = True
             for rank in ranks:
-                self._group.send(rank, "call", parts, call=self.calls, sources=sources, last=last)
-            outcomes = self._follow(self._group, ranks, "returned", self.setup.timeout)
+                head = {"call": self.calls, "sources": sources, "last": last}
+                with watch.interrupts_allowed():
+                    taken = self._group.send(rank, "call", parts, **head) and taken
+            start = time.monotonic() if taken else began  # one that takes nothing has had its time
+            outcomes = self._follow(self._group, ranks, "returned", self.setup.timeout, start)
         except BaseException:
             self.close()
             raise
-        return {rank: _value(outcomes[rank]) for rank in ranks}
+        with watch.interrupts_allowed():
+            return {rank: _value(outcomes[rank]) for rank in ranks}
 
     def _follow(
-        self, group: Group, ranks: Iterable[int], goal: str, timeout: float | None
+        self,
+        group: Group,
+        ranks: Iterable[int],
+        goal: str,
+        timeout: float | None,
+        began: float | None = None,
     ) -> dict[int, Outcome]:
-        follow = Follow(group, self.output, list(ranks), self.calls, goal, timeout)
+        follow = Follow(group, self.output, list(ranks), self.calls, goal, timeout, began)
         try:
             return follow.run()
         except KeyboardInterrupt:
-            with watch.interrupts_dropped():
-                print(follow.stopped(), file=sys.stderr)
-                self.close()
+            print(follow.stopped(), file=sys.stderr)
             raise
 
     def close(self) -> None:
         """Kill the ranks and free what they used."""
-        in_flight = isinstance(sys.exception(), KeyboardInterrupt)
-        guard = watch.interrupts_dropped if in_flight else watch.interrupts_held
-        with guard():
+        with watch.interrupts_held():
             if self.group is not None:
                 self.group.kill()
                 self.group = None

@@ -16,12 +16,19 @@ _LIBRARY = re.compile(r"^.*/(site-packages|python3\.\d+)/")
 _FILE = re.compile(r'File "([^"]+)"')
 
 
-def failure(outcomes: Mapping[int, Outcome], began: float, timeout: float | None) -> RankFailed:
-    """The exception for a failed call; `timeout` is given when that is what ended it."""
+def failure(
+    outcomes: Mapping[int, Outcome], began: float, timeout: float | None, starting: bool = False
+) -> RankFailed:
+    """The exception for a failed call, or a failed start of the ranks.
+
+    `timeout` is given when that is what ended it.
+    """
     rank, why = culprit(outcomes)
     texts = {o.rank: _relabel(_text(o, began)) for o in outcomes.values()}
     if timeout is not None:
-        why = f"no answer after {timeout:g} s: {why}"
+        why = f"{'not ready' if starting else 'no answer'} after {timeout:g} s: {why}"
+    elif starting:
+        why = f"before its process group was ready, {why}"
     stacks = timeout is not None or outcomes[rank].kind != "raised"
     if outcomes[rank].kind == "raised" and timeout is None:
         parts = ["\n".join([why, *texts[rank].splitlines()[1:]])]

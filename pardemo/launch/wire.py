@@ -38,15 +38,19 @@ class Channel:
         self.sock = sock
         self._lock = threading.Lock()
 
-    def send(self, kind: str, body: Sequence[Part] = (), **meta: Any) -> None:
-        """Send one frame and return once the peer's socket has taken it; OSError if it is gone."""
+    def send(self, kind: str, body: Sequence[Part] = (), flags: int = 0, **meta: Any) -> None:
+        """Send one frame and return once the peer's socket has taken it; OSError if it is gone.
+
+        BlockingIOError if it took nothing for as long as SO_SNDTIMEO says, or, where `flags` has
+        MSG_DONTWAIT, if it could not take a small frame at once.
+        """
         head = pickle.dumps((kind, meta), protocol=5)
         parts: list[Part] = [head, *body]
         sizes = [memoryview(part).nbytes for part in parts]
         prefix = struct.pack(f"<{len(sizes) + 1}Q", len(sizes), *sizes)
         with self._lock:
             if sum(sizes) < _CHUNK_BYTES:
-                self.sock.sendall(b"".join([prefix, *parts]))
+                self.sock.sendall(b"".join([prefix, *parts]), flags)
                 return
             self.sock.sendall(prefix)
             for part in parts:

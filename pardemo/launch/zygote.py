@@ -14,11 +14,13 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
+import errno
 import gc
 import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -48,6 +50,7 @@ class Group:
     """The ranks forked for one group, and the socket whose end means: kill them."""
 
     sock: socket.socket
+    folder: str = ""
     processes: dict[int, Any] = field(default_factory=dict)
 
 
@@ -97,26 +100,36 @@ class ForkServer:
         if not data:
             self._end(group)
             return
-        self._fork(group, json.loads(data)["fork"], fds)
+        request = json.loads(data)
+        group.folder = request["folder"]
+        self._fork(group, request["fork"], fds)
 
     def _fork(self, group: Group, rank: int, fds: list[int]) -> None:
-        threads = len(os.listdir("/proc/self/task"))
-        if threads != 1 or torch.cuda.is_initialized():
-            _reply(group, error=f"the fork server has {threads} threads: forking is not safe")
-        else:
-            parent = os.getpid()
-            process: Any = mp.get_context("fork").Process(
-                target=self._child, args=(parent, rank, fds)
-            )
-            process.start()
-            with contextlib.suppress(OSError):  # the rank does it too: whoever is first
-                os.setpgid(process.pid, process.pid)
-            group.processes[rank] = process
-            _reply(group, rank=rank, pid=process.pid)
-        for fd in fds:
-            os.close(fd)
+        try:
+            if len(fds) != _FDS_PER_RANK:
+                raise OSError("too many open files (ulimit -n)")
+            threads = len(os.listdir("/proc/self/task"))
+            if threads != 1 or torch.cuda.is_initialized():
+                raise OSError(f"it has {threads} threads: forking is not safe")
+            self._start(group, rank, fds)
+        except OSError as error:
+            hint = " (too many processes: ulimit -u)" if error.errno == errno.EAGAIN else ""
+            _reply(group, error=f"the fork server cannot fork rank {rank}: {error}{hint}")
+        finally:
+            for fd in fds:
+                os.close(fd)
 
-    def _child(self, parent: int, rank: int, fds: list[int]) -> None:
+    def _start(self, group: Group, rank: int, fds: list[int]) -> None:
+        process: Any = mp.get_context("fork").Process(
+            target=self._child, args=(os.getpid(), rank, fds, group.folder)
+        )
+        process.start()
+        with contextlib.suppress(OSError):  # the rank does it too: whoever is first
+            os.setpgid(process.pid, process.pid)
+        group.processes[rank] = process
+        _reply(group, rank=rank, pid=process.pid)
+
+    def _child(self, parent: int, rank: int, fds: list[int], folder: str) -> None:
         """In the new process: become a rank, tied to the fork server's life."""
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
@@ -127,7 +140,7 @@ class ForkServer:
         inherited = [self.sock, self.wake_r, self.wake_w, *(g.sock for g in self.groups.values())]
         for sock in inherited:
             sock.close()
-        rank_module.main(rank, *fds)
+        rank_module.main(rank, *fds, folder=folder)
 
     def _reap(self) -> None:
         for group in self.groups.values():
@@ -147,6 +160,7 @@ class ForkServer:
             process.join()
             _reply(group, rank=rank, exited=process.exitcode)
             process.close()
+        shutil.rmtree(group.folder, ignore_errors=True)
         del self.groups[group.sock.fileno()]
         group.sock.close()
 
@@ -186,6 +200,7 @@ def main() -> None:
         for group in list(server.groups.values()):
             for process in group.processes.values():
                 _kill_group(process.pid)
+            shutil.rmtree(group.folder, ignore_errors=True)
         os._exit(0)
 
 

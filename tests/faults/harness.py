@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import getpass
 import os
 import re
 import signal
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTLE_S = 5.0
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.05
+_TORCHS = f"torchinductor_{getpass.getuser()}"  # torch's cache of compiled code, made on import
 
 
 def healthy() -> None:
@@ -117,7 +119,7 @@ def state(folder: Path, old: Sequence[int]) -> State:
         listeners(members),
         descriptors,
         frozenset(os.listdir("/dev/shm")),
-        frozenset(str(path.relative_to(folder)) for path in folder.rglob("*")),
+        frozenset(str(p.relative_to(folder)) for p in folder.rglob("*") if p.name != _TORCHS),
     )
 
 
