@@ -110,8 +110,7 @@ def _equal(got: Any, expected: Any) -> bool:
         if isinstance(expected, bool) or isinstance(got, bool):
             return got is expected
         if isinstance(expected, Real) and isinstance(got, Real):
-            near = abs(got - expected) <= 1e-9 * max(abs(got), abs(expected))
-            return bool(got == expected or (near and math.isfinite(got)))  # inf is near to all
+            return bool(got == expected) or math.isclose(got, expected, rel_tol=1e-9)
         return bool(got == expected)
     except Exception:
         return False
