@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from . import notebooks, page, records
+from . import explore, notebooks, page, records
 from .cluster import cells, world
 from .machine import machine
 from .parameters import Refused
@@ -140,8 +140,16 @@ def _report(cases: Sequence[Case], folder: Path, store: records.Store, card: str
         notebooks=tuple(shown),
         doubts=tuple(dict.fromkeys(doubts)),
         records=f"records: {store.path.name}, session {folder.name}; export: pardemo records",
+        explorers=_explorers(titles),
     )
     return page.write(session, folder / "report.html")
+
+
+def _explorers(benchmarks: Iterable[str]) -> tuple[str, ...]:
+    """The knobs that explain the strategies' numbers, where a report has any."""
+    if "strategies" not in benchmarks:
+        return ()
+    return tuple(explore.fragment(name, level=3) for name in explore.names())
 
 
 @contextmanager

@@ -33,13 +33,17 @@ READING = (
 
 @dataclass(frozen=True)
 class Session:
-    """What a report shows: executed notebooks by title, the machine card, and doubts in words."""
+    """What a report shows: executed notebooks by title, the machine card, and doubts in words.
+
+    `explorers` are pieces of HTML that need nothing from outside (`explore.fragment`).
+    """
 
     title: str
     card: str
     notebooks: tuple[tuple[str, NotebookNode], ...]
     doubts: tuple[str, ...] = ()
     records: str = ""
+    explorers: tuple[str, ...] = ()
 
 
 def write(session: Session, path: Path) -> Path:
@@ -52,15 +56,17 @@ def write(session: Session, path: Path) -> Path:
 <style>{STYLE.read_text()}</style></head><body><main>
 <h1>{html.escape(session.title)}</h1>
 <p class="when">{datetime.now(UTC):%Y-%m-%d %H:%M} UTC</p>
-<h2>What was found</h2>
+{_contents(session)}
+<h2 id="found">What was found</h2>
 {_verdicts(session)}
-<h2>What cannot be trusted</h2>
+<h2 id="doubts">What cannot be trusted</h2>
 {_listed(session.doubts or ("Nothing was flagged: the machine was quiet and every ratio held.",))}
-<h2>This machine</h2>
+<h2 id="machine">This machine</h2>
 <pre>{html.escape(session.card)}</pre>
-<h2>How to read a number</h2>
+<h2 id="reading">How to read a number</h2>
 {_listed(READING)}
 {"".join(sections)}
+{_explorers(session)}
 <footer>{html.escape(session.records)}</footer>
 </main></body></html>
 """
@@ -68,6 +74,35 @@ def write(session: Session, path: Path) -> Path:
     with os.fdopen(handle, "w", encoding="utf-8") as out:
         out.write(page)
     return path
+
+
+def _contents(session: Session) -> str:
+    """Links to the parts of the page."""
+    places = [
+        ("found", "What was found"), ("doubts", "What cannot be trusted"),
+        ("machine", "This machine"), ("reading", "How to read a number"),
+        *((_anchor(name), name) for name, _ in session.notebooks),
+    ]  # fmt: skip
+    if session.explorers:
+        places.append(("explorers", "Turn the knobs"))
+    links = (f'<a href="#{place}">{html.escape(text)}</a>' for place, text in places)
+    return f"<nav>{' · '.join(links)}</nav>"
+
+
+def _anchor(name: str) -> str:
+    return re.sub(r"[^\w-]+", "-", name)
+
+
+def _explorers(session: Session) -> str:
+    """Arithmetic to play with: what would change on other machines and sizes."""
+    if not session.explorers:
+        return ""
+    said = (
+        "Nothing here was measured: each picture is the package's own arithmetic for the values "
+        "you choose, to show why the numbers above are what they are, and what would change them."
+    )
+    pieces = "".join(session.explorers)
+    return f'<section id="explorers"><h2>Turn the knobs</h2><p>{said}</p>{pieces}</section>'
 
 
 def text_of(notebook: NotebookNode, tag: str) -> list[str]:
@@ -104,7 +139,7 @@ def _section(name: str, notebook: NotebookNode) -> str:
     body = "\n".join(part for part in parts if part)
     folded = html.escape("\n\n".join(code))
     return (
-        f'<section id="{html.escape(name)}">{body}<details><summary>The code of {html.escape(name)}'
+        f'<section id="{_anchor(name)}">{body}<details><summary>The code of {html.escape(name)}'
         f"</summary><pre>{folded}</pre></details></section>"
     )
 

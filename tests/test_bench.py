@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from pardemo import bench, notebooks, page, records, sweep
+from pardemo import bench, explore, notebooks, page, records, sweep
 from pardemo.parameters import Refused
 
 PARAMETERS = """size: int = 3  # how large
@@ -167,3 +167,15 @@ def test_a_page_needs_nothing_and_runs_nothing(tmp_path: Path) -> None:
     assert 'alt="a &quot;bar&quot;"' in text
     assert "data:image/png;base64,aGk=" in text
     assert "Nothing was flagged" in text
+    assert '<a href="#1-x">' in text
+    assert 'id="1-x"' in text
+
+
+def test_a_report_of_strategies_holds_the_explorers_and_still_needs_nothing(tmp_path: Path) -> None:
+    pieces = bench._explorers(["strategies"])
+    text = page.write(page.Session("A", "card", (), explorers=pieces), tmp_path / "r.html")
+    whole = text.read_text()
+    assert whole.count('class="pardemo-explorer"') == len(explore.names()) == len(pieces)
+    assert not re.search(r'(?:src|href)="(?!#|data:)', whole)
+    assert len(whole) < 1_000_000
+    assert bench._explorers(["collectives"]) == ()
