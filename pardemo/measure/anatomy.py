@@ -8,7 +8,8 @@ round and for every rank:
     slept       how long its main thread slept in the real step and not in the silenced one (wall -
                 CPU - run queue), with its wait for the slowest rank at the end
     idle        what it slept longer than the rank that slept least (waiting for slower ranks), and
-                what all of them slept beyond the communication alone (a pipeline's bubble)
+                what all of them slept beyond the communication alone (a pipeline's bubble); at most
+                what the step takes longer than the silenced one
     exposed     step - compute - idle: by ablation, all that communication costs, be it sleep, work
                 of the rank's own thread for it, or computation that it slows down (`contended`)
     overlapped  communication alone - exposed; negative where it costs more than it takes alone
@@ -148,7 +149,9 @@ def take_apart(found: Comparison) -> Anatomy:
     slept = np.maximum(slept, 0.0)
     shared = slept.min(axis=1, keepdims=True)
     idle = slept - shared + np.maximum(shared - transfer[:, None], 0.0)
-    exposed = step[:, None] - alone - idle
+    lost_here = step[:, None] - alone
+    idle = np.minimum(idle, np.maximum(lost_here, 0.0))  # nobody idles longer than is lost
+    exposed = lost_here - idle
     if transfer.max() <= 0 or found["real"].ranks == 1:
         exposed = np.zeros_like(idle)
     contended = np.zeros_like(idle) if on_gpu else np.maximum(step[:, None] - alone - slept, 0.0)

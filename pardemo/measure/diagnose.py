@@ -19,6 +19,8 @@ UNEVEN = 1.25  # own work of the slowest rank over the median rank's
 STARVED = 0.10  # share of a step spent waiting for data
 EXPOSED = 0.15  # share of a step spent in communication that is worth a word
 TINY_BUCKET = 256 * 1024  # bytes: below, an all-reduce is mostly latency
+DEFAULT_CAP = 25 * 1024 * 1024  # DDP's bucket_cap_mb
+FASTER = 2.0  # how much faster another network must be to be worth a word
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,15 @@ def _starved(run: Run) -> Finding | None:
 
 def _uneven(run: Run) -> Finding | None:
     """A rank that works longer than the others: by its own doing, or because it had no core."""
-    own, queued = run.median("own_s"), run.median("queued_s")
+    own, waits = run.median("own_s"), run.median("communication_s")
     if len(own) < 2:
         return None
-    for works in (np.maximum(own - queued, 0.0), own):  # what is its own doing goes first
+    for works in (run.median("worked_s"), own):  # what is its own doing goes first
         slow = int(works.argmax())
         others = float(np.median(np.delete(works, slow)))
         lost = float(works[slow] - others)
+        if waits[slow] > waits.min() + 0.5 * lost:
+            continue  # it waits itself: the work is uneven, and nobody waits for this rank
         if works[slow] >= UNEVEN * others and lost >= 0.05 * run.step_s:
             return _slow_rank(run, slow, float(works[slow]), others)
     return None
@@ -114,7 +118,7 @@ def _uneven(run: Run) -> Finding | None:
 
 def _slow_rank(run: Run, slow: int, works: float, others: float) -> Finding:
     """The finding for the rank that the others wait for."""
-    own, queued, lost = run.median("own_s"), run.median("queued_s"), works - others
+    own, queued, lost = run.median("own_s"), run.median("pushed_s"), works - others
     seen = f"rank {slow} works {milliseconds(works)} per step, the others "
     seen += f"{milliseconds(others)}, and they wait for it"
     pushed = float(queued[slow] - np.median(np.delete(queued, slow)))
@@ -169,23 +173,28 @@ def _unused(run: Run) -> Finding | None:
 
 def _tiny_buckets(run: Run) -> Finding | None:
     sizes = _buckets(run)
-    if len(sizes) < 8 or np.median(sizes) > TINY_BUCKET:
+    tiny = [size for size in sizes if size <= TINY_BUCKET]
+    if len(tiny) < 4 or len(tiny) < 0.5 * len(sizes):
         return None
     return Finding(
         "many tiny buckets",
-        _transfer(run),
-        f"{len(sizes)} all-reduces of {np.median(sizes) / 1e3:.3g} kB (median) per backward: each "
-        "pays the latency of a collective",
+        _transfer(run) * len(tiny) / len(sizes),
+        f"{len(sizes)} all-reduces of {np.median(sizes) / 1e3:.3g} kB (median) per backward, "
+        f"{len(tiny)} of them at most {TINY_BUCKET / 1e3:.0f} kB: each pays the latency of a "
+        "collective",
         "raise bucket_cap_mb (the default is 25) until the curve of time over buckets is flat",
     )
 
 
 def _one_bucket(run: Run) -> Finding | None:
-    sizes, transfer = _buckets(run), _transfer(run)
-    if not sizes or max(sizes) < 0.9 * sum(sizes) or sum(sizes) < 4_000_000:
+    sizes, transfer, wrapper = _buckets(run), _transfer(run), _wrapper(run)
+    if not sizes or max(sizes) < 0.9 * sum(sizes) or wrapper is None:
         return None
-    if transfer < EXPOSED * run.step_s:
+    raised = wrapper.cap_bytes > DEFAULT_CAP
+    if sum(sizes) < (1_000_000 if raised else 4_000_000) or transfer < EXPOSED * run.step_s:
         return None
+    if not raised and transfer > run.median("own_s").max():
+        return None  # nothing to hide it behind: the batch is tiny, whatever the buckets
     return Finding(
         "one huge bucket",
         transfer,
@@ -213,9 +222,29 @@ def _tiny_batch(run: Run) -> Finding | None:
     )
 
 
+def _wrong_interface(run: Run) -> Finding | None:
+    roads = run.records[0].roads
+    used = max(roads, key=lambda road: road.sent_bytes, default=None)
+    best = max(roads, key=lambda road: road.bytes_per_s, default=None)
+    if used is None or best is None or not used.sent_bytes or not used.bytes_per_s:
+        return None
+    if best.bytes_per_s < FASTER * used.bytes_per_s:
+        return None
+    return Finding(
+        "wrong network interface",
+        float(run.median("communication_s").min()) * (1 - used.bytes_per_s / best.bytes_per_s),
+        f"the ranks' bytes went over {used.interface} ({used.address}), which carried "
+        f"{used.bytes_per_s / 1e6:.3g} MB/s when it was tried; {best.interface} joins the same "
+        f"machines and carried {best.bytes_per_s / 1e6:.3g} MB/s",
+        f"set GLOO_SOCKET_IFNAME={best.interface} (for NCCL, NCCL_SOCKET_IFNAME) on every node "
+        "before the process groups are made",
+    )
+
+
 Check = Callable[[Run], Finding | None]
 CHECKS: tuple[Check, ...] = (
     _oversubscribed, _starved, _uneven, _no_sync, _unused, _tiny_buckets, _one_bucket, _tiny_batch,
+    _wrong_interface,
 )  # fmt: skip
 
 

@@ -152,10 +152,11 @@ class Queue:
     def read(self) -> tuple[int, int, int]:
         """(nanoseconds in the run queue, involuntary context switches, CPU nanoseconds) so far."""
         switches = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
-        used = time.thread_time_ns()
-        if self._file < 0:
-            return 0, switches, used
-        return int(os.pread(self._file, 80, 0).split()[1]), switches, used
+        return self.waited_ns(), switches, time.thread_time_ns()
+
+    def waited_ns(self) -> int:
+        """Nanoseconds in the run queue so far; of the thread that made this, read from any."""
+        return int(os.pread(self._file, 80, 0).split()[1]) if self._file >= 0 else 0
 
     def close(self) -> None:
         """Close the file; reading afterwards reports no waiting."""

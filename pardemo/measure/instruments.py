@@ -23,6 +23,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from pardemo.measure.evidence import Queue
 from pardemo.measure.phases import PhaseWatch
 from pardemo.measure.quiet import finding_ddp
+from pardemo.measure.roads import Road
 from pardemo.measure.traffic import Counting, Traffic
 
 CALLS = (
@@ -35,7 +36,10 @@ COUNTED_STEP = 2  # the traffic of this step is counted, and its times are left 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step of one rank, in seconds; `own_s` is what it did without waiting for anybody."""
+    """One step of one rank, in seconds; `own_s` is what it did without waiting for anybody.
+
+    `queued_s` is time it was ready without a core, `pushed_s` the part of it outside of waiting.
+    """
 
     wall_s: float
     communication_s: float
@@ -43,11 +47,17 @@ class StepRecord:
     cpu_s: float
     queued_s: float
     backwards: int
+    pushed_s: float = 0.0
 
     @property
     def own_s(self) -> float:
         """Work of this rank: the step without waiting for communication or data."""
         return max(0.0, self.wall_s - self.communication_s - self.data_s)
+
+    @property
+    def worked_s(self) -> float:
+        """The same without the time in which it had no core: what it would take alone."""
+        return max(0.0, self.own_s - self.pushed_s)
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class Wrapper:
     unused: int
     parameters_bytes: int
     buckets_bytes: tuple[int, ...]
+    cap_bytes: int = 0  # bucket_cap_mb
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ class RankRecord:
     traffic: Traffic | None
     wrappers: tuple[Wrapper, ...]
     value: Any = field(default=None, repr=False)
+    roads: tuple[Road, ...] = ()
 
 
 class Recorder:
@@ -80,7 +92,7 @@ class Recorder:
         self.steps: list[StepRecord] = []
         self.samples = 0
         self.traffic: Traffic | None = None
-        self.last_gradient = 0.0
+        self.last_gradient, self._last_queued = 0.0, 0
         self._queue = Queue()
         self._watch = PhaseWatch(after=self._end)
         self._depth = 0
@@ -91,7 +103,7 @@ class Recorder:
         self._begin()
 
     def _begin(self) -> None:
-        self._communication = self._data = 0.0
+        self._communication = self._data = self._waited_queued = 0.0
         self._backwards = 0
         self._start = time.perf_counter()
         self._queued, _, self._cpu = self._queue.read()
@@ -107,6 +119,7 @@ class Recorder:
                 (cpu - self._cpu) / 1e9,
                 (queued - self._queued) / 1e9,
                 self._backwards,
+                max(0.0, (queued - self._queued) / 1e9 - self._waited_queued),
             )
         )
         self._graded |= {id(p) for p in self._parameters() if p.grad is not None}
@@ -141,6 +154,7 @@ class Recorder:
 
         def around(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             self._depth += 1
+            queued = self._queue.waited_ns() if self._depth == 1 else 0
             start = time.perf_counter()
             try:
                 return call(*args, **kwargs)
@@ -149,6 +163,7 @@ class Recorder:
                 if self._depth == 0:
                     taken = time.perf_counter() - start
                     setattr(self, total, getattr(self, total) + taken)
+                    self._waited_queued += (self._queue.waited_ns() - queued) / 1e9
 
         return around
 
@@ -165,9 +180,10 @@ class Recorder:
         finally:
             if self.last_gradient:
                 self._communication += time.perf_counter() - self.last_gradient
+                self._waited_queued += (self._queue.waited_ns() - self._last_queued) / 1e9
 
     def _gradient(self, gradient: torch.Tensor) -> None:
-        self.last_gradient = time.perf_counter()
+        self.last_gradient, self._last_queued = time.perf_counter(), self._queue.waited_ns()
 
     def _parameters(self) -> Iterator[torch.Tensor]:
         for module in self._modules:
@@ -177,7 +193,7 @@ class Recorder:
         if not self.samples and args and isinstance(args[0], torch.Tensor) and args[0].dim():
             self.samples = args[0].shape[0]
 
-    def record(self, value: Any) -> RankRecord:
+    def record(self, value: Any, roads: tuple[Road, ...] = ()) -> RankRecord:
         """Everything that was seen."""
         return RankRecord(
             rank=dist.get_rank() if dist.is_initialized() else 0,
@@ -187,6 +203,7 @@ class Recorder:
             traffic=self.traffic,
             wrappers=tuple(self._facts(module) for module in self._modules),
             value=value,
+            roads=roads,
         )
 
     def _facts(self, module: DistributedDataParallel) -> Wrapper:
@@ -198,6 +215,7 @@ class Recorder:
             unused=sum(id(p) not in self._graded for p in trained),
             parameters_bytes=sum(p.numel() * p.element_size() for p in trained),
             buckets_bytes=tuple(int(s) for s in sizes.replace(",", " ").split()),
+            cap_bytes=int(module.bucket_bytes_cap),
         )
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pardemo.launch import launch
+from pardemo.launch import Ranks, launch
 from pardemo.machine import Machine, machine
 from pardemo.measure.evidence import Spent, host, look, own_cpu_s, pooled
 from pardemo.measure.instruments import COUNTED_STEP, RankRecord, Recorder
+from pardemo.measure.roads import roads
 from pardemo.measure.timing import milliseconds
 
 WARM = 2  # steps at the start that are left out: buckets are rebuilt, caches are cold
@@ -74,18 +75,23 @@ def observe(
     threads: int = 1,
     timeout: float = 120.0,
     echo: bool = True,
+    ranks: Ranks | None = None,
     **kwargs: Any,
 ) -> Run:
     """Run `train(*args, **kwargs)` on `nprocs` ranks and watch it: steps, waits, bytes, wrappers.
 
     `train` is a plain training function: a loop that ends its steps with optimizer.step(). At
     least 6 steps are wanted; two are left out as warm-up and one is used to count bytes. `echo`
-    prints what the ranks print.
+    prints what the ranks print. `ranks` is a warm group to use instead of `nprocs` new ranks, of
+    several nodes perhaps.
     """
     here = machine()
-    results = launch(
-        _watched, train, args, kwargs, nprocs=nprocs, threads=threads, timeout=timeout, echo=echo
-    )
+    if ranks is not None:
+        results = ranks(_watched, train, args, kwargs)
+        nprocs, threads = ranks.setup.nprocs, results[0][0].threads
+    else:
+        how: dict[str, Any] = {"nprocs": nprocs, "threads": threads, "timeout": timeout}
+        results = launch(_watched, train, args, kwargs, echo=echo, **how)
     wanted = min(nprocs * threads, here.cores)
     return Run(
         tuple(record for record, _ in results),
@@ -104,4 +110,5 @@ def _watched(
     recorder = Recorder()
     with recorder.attached():
         value = train(*args, **kwargs)
-    return recorder.record(value), Spent(own_cpu_s() - used, before, look(), host())
+    spent = Spent(own_cpu_s() - used, before, look(), host())
+    return recorder.record(value, roads()), spent

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, Dataset
 
+from pardemo import cluster
 from pardemo.measure import diagnose, observe
 from pardemo.measure.instruments import RankRecord, StepRecord, Wrapper
 from pardemo.measure.observe import Run
+from pardemo.measure.roads import Road
 from pardemo.measure.traffic import Flow, Traffic
 
 STEPS = 7
@@ -21,9 +25,11 @@ STEPS = 7
 
 def train(net=None, steps=STEPS, microbatches=1, before=None, loader=None, **ddp):
     torch.manual_seed(0)
-    model = DDP(net or nn.Linear(16, 4), **ddp)
+    net = net or nn.Linear(16, 4)
+    width = next(net.parameters()).shape[1]
+    model = DDP(net, **ddp)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for batch in loader or [torch.ones(8, 16)] * steps:
+    for batch in loader or [torch.ones(8, width)] * steps:
         for _ in range(microbatches):
             if before is not None:
                 before()
@@ -179,6 +185,69 @@ def test_one_bucket_that_nothing_hides_is_named():
     assert found.causes == ["one huge bucket"]
     several = Wrapper(False, 0, 8_000_000, (2_000_000,) * 4)
     assert not diagnose(made_up(moved=(0.05, 0.05), wrappers=(several,)))
+
+
+def test_few_parameters_in_few_buckets_are_not_called_tiny():
+    small = Wrapper(False, 0, 90_000, (30_000,) * 3)
+    assert not diagnose(made_up(wrappers=(small,)))
+    mixed = Wrapper(False, 0, 4_208_192, (2048, 1_050_000) * 4)
+    assert diagnose(made_up(wrappers=(mixed,))).causes == ["many tiny buckets"]
+
+
+def test_a_single_bucket_within_the_default_is_not_blamed_for_a_tiny_batch():
+    default = Wrapper(False, 0, 8_000_000, (8_000_000,), 25 * 2**20)
+    tiny = made_up(own=(0.01, 0.01), moved=(0.02, 0.02), wrappers=(default,))
+    assert diagnose(tiny).causes == ["tiny batch"]
+    raised = Wrapper(False, 0, 2_000_000, (2_000_000,), 1000 * 2**20)
+    assert diagnose(made_up(moved=(0.03, 0.03), wrappers=(raised,))).causes == ["one huge bucket"]
+
+
+def test_a_rank_that_was_pushed_off_its_core_is_not_blamed_for_another_that_works_longer():
+    steps = {  # wall, communication, data, cpu, queued, backwards, pushed
+        0: StepRecord(0.149, 0.027, 0.0, 0.03, 0.09, 1, 0.09),
+        1: StepRecord(0.149, 0.020, 0.0, 0.03, 0.04, 1, 0.04),
+    }
+    records = tuple(RankRecord(r, 1, 4, (step,) * 8, None, ()) for r, step in steps.items())
+    found = diagnose(Run(records, 2)).findings[0]
+    assert found.cause == "slow rank"
+    assert found.evidence.startswith("rank 1 works")
+
+
+def test_bytes_on_the_slower_of_two_networks_are_the_wrong_interface():
+    slow = Road("eth1", "10.78.0.1", 9_000_000, 12.5e6)
+    fast = Road("eth0", "10.77.0.1", 40_000, 900e6)
+    run = made_up(moved=(0.05, 0.05))
+    records = (replace(run.records[0], roads=(slow, fast)), run.records[1])
+    found = diagnose(replace(run, records=records))
+    assert found.causes == ["wrong network interface"]
+    assert "went over eth1 (10.78.0.1)" in found.findings[0].evidence
+    assert "GLOO_SOCKET_IFNAME=eth0" in found.findings[0].remedy
+    right = (replace(slow, sent_bytes=40_000), replace(fast, sent_bytes=9_000_000))
+    records = (replace(run.records[0], roads=right), run.records[1])
+    assert not diagnose(replace(run, records=records))
+
+
+def over_the_slow_network(steps=6):
+    os.environ["GLOO_SOCKET_IFNAME"] = "eth1"
+    return train(nn.Linear(256, 256), steps, process_group=dist.new_group())
+
+
+@pytest.mark.skipif(bool(cluster.reasons_against()), reason="no node lab on this machine")
+def test_two_nodes_that_talk_over_the_wrong_one_of_two_networks():
+    with cluster.Nodes(2) as lab:
+        for node in range(2):
+            for command in (
+                "ip link add link eth0 name eth1 type macvlan mode bridge",
+                f"ip addr add 10.78.0.{node + 1}/24 dev eth1",
+                "ip link set eth1 up",
+                "tc qdisc add dev eth1 root tbf rate 20mbit burst 16k latency 100ms",
+            ):
+                done = lab.run(node, command.split())
+                assert done.returncode == 0, done.stderr
+        with lab.ranks(timeout=120) as ranks:
+            found = diagnose(observe(over_the_slow_network, ranks=ranks))
+    assert "wrong network interface" in found.causes
+    assert "went over eth1" in repr(found)
 
 
 def test_waiting_for_a_slow_rank_is_not_called_transfer():

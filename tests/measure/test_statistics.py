@@ -84,7 +84,14 @@ def test_noise_of_whole_cells_hides_a_planted_slowdown_only_from_few_rounds():
     assert found / 200 >= 0.80
 
 
-@pytest.mark.parametrize("kind", ["white", "weather", "lognormal"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "white",
+        pytest.param("weather", marks=pytest.mark.soak),
+        pytest.param("lognormal", marks=pytest.mark.soak),
+    ],
+)
 def test_stopping_when_the_interval_is_narrow_spoils_neither_coverage_nor_the_false_alarms(kind):
     rng = np.random.default_rng(9)
     covers = different = 0
