@@ -74,6 +74,9 @@ def anatomy(axes: Axes, rows: Any, title: str = "") -> str:
         said.append(f"{name}: {parts} {unit}")
     label_rows(axes, [name for name, _ in pairs])
     axes.axvline(0, color=BLACK, linewidth=0.8)
+    axes.autoscale(axis="x")  # bars alone would end at the frame
+    axes.use_sticky_edges = False
+    axes.margins(x=0.02)
     axes.set_xlabel(f"one step [{unit}]")
     axes.set_title(title)
     _legend_above(axes, len(PARTS))
@@ -92,10 +95,11 @@ def bytes(
         axes.barh(place - 0.2, counted / scale, 0.38, color=style.colour, hatch=style.hatch,
                   edgecolor="white", label="counted" if place == 0 else None)  # fmt: skip
         if formula is None:
+            axes.annotate(" no formula", (counted / scale, place - 0.2), va="center", fontsize=9)
             said.append(f"{name} {counted / scale:.4g}, no formula")
             continue
-        axes.barh(place + 0.2, formula / scale, 0.38, color="white", edgecolor=style.colour,
-                  linewidth=1.5, label="by formula" if place == 0 else None)  # fmt: skip
+        axes.barh(place + 0.2, formula / scale, 0.38, color="white", edgecolor=BLACK,
+                  linewidth=1, label="by formula" if place == 0 else None)  # fmt: skip
         same = "equal" if counted == formula else f"formula {formula / scale:.4g}"
         axes.annotate(f" {same}", (max(counted, formula) / scale, place), va="center", fontsize=9)
         said.append(f"{name} {counted / scale:.4g}, {same}")

@@ -73,11 +73,13 @@ def scaling(axes: Axes, table: Any, ideal: str = "linear", title: str = "") -> s
         rows = sorted(rows, key=lambda row: field(row, "ranks"))
         sound = [row for row in rows if not field(row, "oversubscribed", default=False)]
         axes.plot([field(r, "ranks") for r in sound], [field(r, "speedup") for r in sound],
-                  color=style.colour, marker=style.marker, label=name)  # fmt: skip
+                  color=style.colour, marker=style.marker, label=name,
+                  markeredgecolor=BLACK, markeredgewidth=0.4)  # fmt: skip
         for row in rows:
             x, y = field(row, "ranks"), field(row, "speedup")
             if row not in sound:
-                axes.plot(x, y, color=style.colour, marker=style.marker, fillstyle="none")
+                axes.plot(x, y, color=style.colour, marker=style.marker, fillstyle="none",
+                          markeredgecolor=BLACK, linestyle="none")  # fmt: skip
             low, high = field(row, "lo"), field(row, "hi")
             if low is not None and high is not None:
                 axes.plot([x, x], [low, high], color=style.colour, linewidth=1, marker="_")
@@ -121,9 +123,8 @@ def curve(
             at = np.geomspace(at.min(), at.max(), 100) if log else np.linspace(at.min(), at.max())
             fitted = fitted(at)
         if fitted is not None:
-            label = "model" if len(ys) == 1 else f"{name}, model"
             axes.plot(at, np.asarray(fitted, dtype=float), linestyle="--", color=style.colour,
-                      label=label)  # fmt: skip
+                      label="model" if len(ys) == 1 else None)  # fmt: skip
     if log:
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -133,7 +134,8 @@ def curve(
         axes.set_ylim(bottom=0)
         whole = all(float(v).is_integer() for at in xs.values() for v in at)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=whole))
-    axes.set_xlabel(xlabel)
+    several = len(ys) > 1 and any(fitted is not None for fitted in models.values())
+    axes.set_xlabel(f"{xlabel} (points: measured; dashed: model)" if several else xlabel)
     axes.set_ylabel(ylabel)
     axes.set_title(title)
     axes.legend()

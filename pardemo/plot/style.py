@@ -46,6 +46,14 @@ LOOKS = {
     "context": Look(SKY, "oo", "<"),
     "expert": Look(ORANGE, "||", ">"),
     "combined": Look(GREEN, "**", "h"),
+    # collectives
+    "all_reduce": Look(BLUE, "", "o"),
+    "all_gather": Look(ORANGE, "//", "s"),
+    "reduce_scatter": Look(GREEN, "\\\\", "^"),
+    "all_to_all": Look(VERMILION, "..", "D"),
+    "broadcast": Look(SKY, "xx", "v"),
+    "reduce": Look(PURPLE, "++", "P"),
+    "send": Look(BLACK, "", "X"),
     # the parts of a step, and what a rank can be doing
     "compute": Look(BLUE, "", "o"),
     "forward": Look(BLUE, "", "o"),
