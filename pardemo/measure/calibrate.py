@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from pardemo.launch import Ranks
 from pardemo.machine import Machine, machine
 from pardemo.measure.anatomy import decompose
+from pardemo.measure.calibrate_parts import (
+    LAYERS,
+    LayerPart,
+    adam,
+    ddp,
+    fsdp_unit,
+    pair,
+    split_pair,
+)
 from pardemo.measure.collectives import KINDS, collective
 from pardemo.measure.flops import count_flops, peak_flops
 from pardemo.measure.inside import Case
@@ -28,8 +36,6 @@ from pardemo.measure.rounds import Comparison, Progress, compare
 SCHEMA = "pardemo-profile/1"
 SIZES = (4096, 65536, 1048576, 8388608)
 PARAMETERS = (10_000, 1_000_000)
-
-Pair = tuple[nn.Module, tuple[torch.Tensor, ...]]
 
 
 def calibrate(
@@ -59,7 +65,7 @@ def calibrate(
         found = compare(cases, ranks=ranks, budget_s=budget_s, warmup=3, **how)
         overlap = {"hidden_share": 0.0, "slowdown": 1.0}
         if total > 1:
-            case = Case(_ddp, ranks=min(total, max(2, here.devices)))
+            case = Case(ddp, ranks=min(total, max(2, here.devices)))
             parts = decompose(case, ranks=ranks, rounds=rounds, max_rounds=rounds, budget_s=4)
             overlap = _overlap(parts.exposed_s + max(parts.rest_s, 0.0), parts.communication_s)
     profile = _about(here, name, found.load)
@@ -68,7 +74,7 @@ def calibrate(
         "compute": _compute(found),
         "optimizer": _optimizer(found),
         "overlap": overlap,
-        "launch": _launch(found, worlds if total > 1 else [], min(sizes)),
+        "launch": _launch(found, worlds if total > 1 else [], sizes, kinds),
     }
     return profile
 
@@ -81,11 +87,15 @@ def _cases(worlds: Sequence[int], sizes: Sequence[int], kinds: Sequence[str]) ->
         for size in sizes
     }
     for layer in LAYERS:
-        cases[f"{layer} forward"] = Case(_layer(layer, backward=False))
-        cases[f"{layer} both"] = Case(_layer(layer, backward=True))
+        cases[f"{layer} forward"] = Case(LayerPart(layer, backward=False))
+        cases[f"{layer} both"] = Case(LayerPart(layer, backward=True))
     for count in PARAMETERS:
-        cases[f"optimizer {count}"] = Case(_adam(count))
+        cases[f"optimizer {count}"] = Case(adam(count))
     cases["nothing"] = Case(lambda mesh: lambda: None)
+    if worlds:
+        cases["pair plain"] = Case(pair)
+        cases["pair dtensor"] = Case(split_pair, ranks=worlds[0])
+        cases["unit fsdp"] = Case(fsdp_unit, ranks=worlds[0])
     return cases
 
 
@@ -163,12 +173,29 @@ def _optimizer(found: Comparison) -> dict[str, Any]:
     return {"name": "AdamW", "seconds_per_parameter": each, "fixed_s": max(0.0, few - each * small)}
 
 
-def _launch(found: Comparison, worlds: Sequence[int], size: int) -> dict[str, float]:
-    """What it costs to begin: an empty step, the smallest layer, the smallest collective."""
+def _launch(
+    found: Comparison, worlds: Sequence[int], sizes: Sequence[int], kinds: Sequence[str]
+) -> dict[str, float]:
+    """What it costs to begin: an empty step, the smallest layer, the smallest collective.
+
+    And what wrappers add to a layer whatever its size: `dtensor_s` for one Linear whose weight is
+    a DTensor, `fsdp_s` for one FSDP unit; forward and backward, their collectives taken out.
+    """
     tiny = found["linear 1x16x16 both"].median_s
     fixed = {"step_s": found["nothing"].median_s, "microbatch_s": tiny}
-    if worlds and f"all_reduce {worlds[0]} {size}" in found.timings:
-        fixed["collective_s"] = found[f"all_reduce {worlds[0]} {size}"].median_s
+    if not worlds:
+        return fixed
+
+    def smallest(kind: str) -> float:
+        return found[f"{kind} {worlds[0]} {min(sizes)}"].median_s if kind in kinds else 0.0
+
+    if "all_reduce" in kinds:
+        fixed["collective_s"] = smallest("all_reduce")
+        split = found["pair dtensor"].median_s - found["pair plain"].median_s
+        fixed["dtensor_s"] = max(0.0, split - smallest("all_reduce")) / 2
+    if "all_gather" in kinds and "reduce_scatter" in kinds:
+        sent = smallest("all_gather") + smallest("reduce_scatter")
+        fixed["fsdp_s"] = max(0.0, found["unit fsdp"].median_s - tiny - sent)
     return fixed
 
 
@@ -179,91 +206,6 @@ def _overlap(exposed_s: float, alone_s: float) -> dict[str, float]:
         "hidden_share": min(1.0, max(0.0, hidden)),
         "slowdown": max(1.0, exposed_s / alone_s) if alone_s > 0 else 1.0,
     }
-
-
-def _linear(batch: int, inputs: int, outputs: int) -> Callable[[], Pair]:
-    return lambda: (nn.Linear(inputs, outputs), (torch.randn(batch, inputs),))
-
-
-def _conv(batch: int, channels: int, pixels: int) -> Callable[[], Pair]:
-    make = nn.Conv2d(channels, channels, 3, padding=1)
-    return lambda: (make, (torch.randn(batch, channels, pixels, pixels),))
-
-
-class _Attention(nn.Module):
-    """Causal attention of q, k, v without projections."""
-
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def _attention(batch: int, heads: int, length: int) -> Callable[[], Pair]:
-    def make() -> Pair:
-        q, k, v = (torch.randn(batch, heads, length, 32, requires_grad=True) for _ in range(3))
-        return _Attention(), (q, k, v)
-
-    return make
-
-
-def _norm(batch: int, width: int) -> Callable[[], Pair]:
-    return lambda: (nn.LayerNorm(width), (torch.randn(batch, width),))
-
-
-def _embedding(batch: int, rows: int, width: int) -> Callable[[], Pair]:
-    return lambda: (nn.Embedding(rows, width), (torch.arange(batch) % rows,))
-
-
-LAYERS: Mapping[str, Callable[[], Pair]] = {
-    "linear 1x16x16": _linear(1, 16, 16),
-    "linear 64x256x256": _linear(64, 256, 256),
-    "linear 256x512x512": _linear(256, 512, 512),
-    "conv 4x16x16": _conv(4, 16, 16),
-    "conv 16x32x16": _conv(16, 32, 16),
-    "attention 2x4x32": _attention(2, 4, 32),
-    "attention 4x4x128": _attention(4, 4, 128),
-    "norm 64x256": _norm(64, 256),
-    "norm 1024x512": _norm(1024, 512),
-    "embedding 512x256x128": _embedding(512, 256, 128),
-}
-
-
-class _layer:
-    """make() of a layer's forward, or forward and backward, on whatever device a rank has."""
-
-    def __init__(self, name: str, backward: bool) -> None:
-        self.name, self.backward = name, backward
-
-    def __call__(self, mesh: Any) -> Callable[[], object]:
-        module, inputs = LAYERS[self.name]()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        module, inputs = module.to(device), tuple(t.to(device) for t in inputs)
-        for t in inputs:
-            if t.is_floating_point():
-                t.requires_grad_()
-        if not self.backward:
-            return lambda: module(*inputs)
-        return lambda: module(*inputs).sum().backward()
-
-
-class _adam:
-    """make() of an AdamW step over `count` parameters."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __call__(self, mesh: Any) -> Callable[[], object]:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        parameter = nn.Parameter(torch.zeros(self.count, device=device))
-        parameter.grad = torch.ones_like(parameter)
-        return torch.optim.AdamW([parameter]).step
-
-
-def _ddp(mesh: Any) -> Callable[[], object]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = nn.Sequential(*[nn.Linear(512, 512) for _ in range(4)]).to(device)
-    ddp = nn.parallel.DistributedDataParallel(net, process_group=mesh.get_group(), bucket_cap_mb=1)
-    x = torch.randn(128, 512, device=device)
-    return lambda: ddp(x).sum().backward()  # moves 2(n-1)/n of 4.2 MB
 
 
 def _memory_bandwidth() -> float:

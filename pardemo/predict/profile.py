@@ -11,10 +11,12 @@ Schema "pardemo-profile/1" (times in seconds, sizes in bytes, rates per second):
     links              {"node": bytes/s per device and direction, "network": the same, 0 if none}
     collectives        [{collective, ranks, nodes, size_bytes, time_s, rounds_s?: [..]}]
     compute            [{kind, flops, forward_s, backward_s, rounds_s?: [[f, b], ..]}], kind linear,
-                       conv, attention, norm, embedding, whole (a whole model: forward + backward)
+                       conv, attention (fused), scores (attention by single operators), norm,
+                       embedding, whole (a whole model: forward + backward)
     optimizer          {name, seconds_per_parameter, fixed_s}
     overlap            {hidden_share: 0..1 (0: nothing hides), slowdown: >= 1}
-    launch             {step_s, microbatch_s, collective_s}
+    launch             {step_s, microbatch_s, collective_s; dtensor_s per Linear cut by DTensor,
+                       fsdp_s per FSDP unit: forward and backward, without their collectives}
     constants          {name: value} of constants.TIME, when fitted on runs
     calibrated         {max_nodes, max_ranks, runs}: the largest runs the constants were fitted on
     residual           {median, p90}: how far predictions were from runs, as fractions
@@ -38,7 +40,7 @@ from pardemo.predict.constants import TIME, vector
 from pardemo.predict.wire import kind_of
 
 SCHEMA = "pardemo-profile/1"
-COMPUTE_KINDS = ("linear", "conv", "attention", "norm", "embedding", "whole")
+COMPUTE_KINDS = ("linear", "conv", "attention", "scores", "norm", "embedding", "whole")
 
 
 class ProfileError(ValueError):
@@ -123,6 +125,8 @@ REQUIRED: dict[str, Any] = {
     "memory_bytes": (int, float),
     "peak_flops": dict,
 }
+OBJECTS = ("machine", "links", "optimizer", "overlap", "launch", "constants", "calibrated",
+           "residual")  # fmt: skip
 LISTS = {
     "collectives": ("collective", "ranks", "size_bytes", "time_s"),
     "compute": ("kind", "flops", "forward_s", "backward_s"),
@@ -148,6 +152,13 @@ def validate(document: object, where: str = "profile") -> dict[str, Any]:
     unknown = set(document) - set(Profile.__dataclass_fields__)
     if unknown:
         raise ProfileError(f"{where}: unknown fields {sorted(unknown)}")
+    for name in OBJECTS:
+        value = document.get(name, {})
+        if not isinstance(value, dict):
+            raise ProfileError(f"{where}: {name}: an object, got {type(value).__name__}")
+        plain = {k: v for k, v in value.items() if k != "name"}
+        if name != "machine":
+            _numbers(plain, f"{where}: {name}")
     for name, keys in LISTS.items():
         _rows(document.get(name, []), keys, f"{where}: {name}")
     try:
@@ -164,6 +175,8 @@ def _rows(rows: object, keys: tuple[str, ...], where: str) -> None:
     if not isinstance(rows, list | tuple):
         raise ProfileError(f"{where}: a list of objects, got {type(rows).__name__}")
     for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ProfileError(f"{where}[{i}]: an object, got {type(row).__name__}")
         missing = [k for k in keys if k not in row]
         if missing:
             raise ProfileError(f"{where}[{i}]: missing {missing}")
@@ -196,10 +209,14 @@ def load(path_or_name: str | Path | dict[str, Any]) -> Profile:
         try:
             text = _text(path_or_name)
             document = json.loads(text)
+        except ProfileError:
+            raise
         except json.JSONDecodeError as error:
             raise ProfileError(f"{where}: not JSON (line {error.lineno}: {error.msg})") from None
         except (OSError, UnicodeDecodeError) as error:
             raise ProfileError(f"{where}: cannot be read ({error})") from None
+        except (RecursionError, ValueError) as error:  # nested, or digits, without end
+            raise ProfileError(f"{where}: not JSON ({type(error).__name__})") from None
     checked = dict(validate(document, where))
     checked["collectives"] = tuple(checked.get("collectives", ()))
     checked["compute"] = tuple(checked.get("compute", ()))

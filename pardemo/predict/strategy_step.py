@@ -68,6 +68,45 @@ def transfer_seconds(sent: SentBytes, ranks: int, nodes: int, profile: Profile) 
     return out
 
 
+def wrapper_terms(
+    profile: Profile,
+    split_linears: int = 0,
+    units: int = 0,
+    copied_bytes: float = 0,
+    ring_flops: float = 0,
+    ring_blocks: int = 1,
+) -> list[Term]:
+    """Work that a strategy adds on each rank: dispatch, copies, attention by single operators.
+
+    `split_linears`: Linear layers whose weight is a DTensor. `units`: FSDP units. `copied_bytes`:
+    copied into and out of communication buffers. `ring_flops`: attention's forward FLOPs of a rank
+    in one step, in `ring_blocks` blocks; what the fused kernel would take is subtracted, because
+    one process's time holds it. A part that the profile has not calibrated adds nothing.
+    """
+    out = []
+    for name, count, key in (("dtensor", split_linears, "dtensor_s"), ("units", units, "fsdp_s")):
+        each = float(profile.launch.get(key, 0.0))
+        if count and each:
+            text = f"{count} x {human(each, 's')} to dispatch, forward and backward"
+            out.append(Term(name, text, count * each, "s", profile.cite))
+    if copied_bytes and profile.memory_bandwidth:
+        text = f"{human(copied_bytes, 'bytes')} read and written again / memory bandwidth"
+        seconds = 2 * copied_bytes / profile.memory_bandwidth
+        out.append(Term("copies", text, seconds, "s", profile.cite))
+    kinds = {row["kind"] for row in profile.compute}
+    if ring_flops and {"scores", "attention"} <= kinds:
+        block = ring_flops / ring_blocks
+        apart = sum(compute_seconds(_one(block, "scores"), 1, profile)[:2]) * ring_blocks
+        fused = sum(compute_seconds(_one(ring_flops, "attention"), 1, profile)[:2])
+        text = f"{ring_blocks} blocks by single operators, less the fused kernel"
+        out.append(Term("ring operators", text, max(0.0, apart - fused), "s", profile.cite))
+    return out
+
+
+def _one(flops: float, kind: str) -> Layers:
+    return Layers((kind,), (flops,), (0,), (0.0,), (0.0,), kind, (kind,))
+
+
 def strategy_step(
     strategy: str,
     profile: Profile,
@@ -84,12 +123,14 @@ def strategy_step(
     chunks: int = 1,
     forward_share: float = 1 / 3,
     oversubscribed: float = 1.0,
+    extra: Sequence[Term] = (),
 ) -> Prediction:
     """Seconds of one step of `strategy` on `ranks` ranks.
 
     `compute_s`: one process's forward + backward on the GLOBAL batch (or `layers` and `batch`).
     `shares`: each stage's part of it. `parameters`: those one rank's optimiser updates.
-    `oversubscribed`: ranks per core, above 1. Refused without curves for what is sent.
+    `oversubscribed`: ranks per core, above 1. `extra`: what the strategy adds to one process's
+    work on each rank (see `wrapper_terms`). Refused without curves for what is sent.
     """
     evidence = "given: one process, measured"
     if compute_s is None:
@@ -108,6 +149,7 @@ def strategy_step(
             raise Refused(str(error)) from None
         hidden = profile.overlap.get("hidden_share", 0.0) if strategy in OVERLAPS else 0.0
         parts += [_scaled(t, 1 - hidden, f"(1 - {hidden:g} hidden) x ") for t in moved]
+    parts += [_scaled(t, oversubscribed) for t in extra]
     parts += _fixed_terms(profile, parameters, microbatches)
     lo, hi = _interval(parts, profile)
     return Prediction(f"step of {strategy} on {ranks} ranks", tuple(parts), "s", lo, hi)

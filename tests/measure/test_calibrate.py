@@ -10,33 +10,50 @@ from pardemo import predict
 from pardemo.measure import calibrate
 from pardemo.measure.calibrate import LAYERS, _overlap
 
+KINDS = ("all_reduce", "send", "all_gather", "reduce_scatter")
+
 
 @pytest.fixture(scope="module")
 def profile(ranks2):
     return calibrate(
-        ranks=ranks2, sizes=(4096, 65536), kinds=("all_reduce", "send"), rounds=2, budget_s=1
+        ranks=ranks2,
+        sizes=(4096, 65536),
+        rounds=2,
+        budget_s=1,
+        kinds=KINDS,
     )
 
 
 def test_the_profile_is_json_that_predict_reads(profile):
     loaded = predict.load(json.loads(json.dumps(profile)))
     assert loaded.peak_source == "measured"
-    assert len(loaded.curves()) == 2
+    assert len(loaded.curves()) == 4
 
 
 def test_every_collective_has_a_point_per_size_with_its_rounds(profile):
     points = {(r["collective"], r["ranks"], r["size_bytes"]) for r in profile["collectives"]}
-    assert points == {(k, 2, s) for k in ("all_reduce", "send") for s in (4096, 65536)}
+    assert points == {(k, 2, s) for k in KINDS for s in (4096, 65536)}
     assert all(len(r["rounds_s"]) >= 2 for r in profile["collectives"])
 
 
 def test_every_layer_kind_has_forward_and_backward(profile):
     assert len(profile["compute"]) == len(LAYERS)
     kinds = {r["kind"] for r in profile["compute"]}
-    assert kinds == {"linear", "conv", "attention", "norm", "embedding"}
+    assert kinds == {"linear", "conv", "attention", "scores", "norm", "embedding"}
     assert all(r["flops"] > 0 and r["forward_s"] > 0 for r in profile["compute"])
     linear = next(r for r in profile["compute"] if r["shape"] == "64x256x256")
     assert linear["flops"] == 2 * 64 * 256 * 256
+
+
+def test_what_wrappers_cost_whatever_the_size_is_calibrated(profile):
+    launch = profile["launch"]
+    assert set(launch) == {"step_s", "microbatch_s", "collective_s", "dtensor_s", "fsdp_s"}
+    assert all(seconds >= 0 for seconds in launch.values())
+
+
+def test_attention_by_single_operators_counts_the_flops_of_the_fused_kernel(profile):
+    flops = {(r["kind"], r["shape"]): r["flops"] for r in profile["compute"]}
+    assert flops["scores", "4x4x128"] == flops["attention", "4x4x128"] == 4 * 4 * 4 * 128**2 * 32
 
 
 def test_the_profile_names_its_machine_its_day_and_nothing_private(profile):

@@ -187,12 +187,33 @@ def test_shipped_profiles_load_cite_and_come_back_unchanged(name, tmp_path):
         ({"constants": {"magic": 1.0}}, "unknown constants"),
         ({"overlap": {"hidden_share": 2}}, "must be 0..1"),
         ({"surprise": 1}, "unknown fields"),
+        ({"launch": [1]}, "launch: an object, got list"),
+        ({"launch": {"dtensor_s": -1}}, "launch: dtensor_s must be a number >= 0"),
+        ({"links": {"node": "fast"}}, "links: node must be a number >= 0"),
+        ({"residual": {"p90": float("nan")}}, "residual: p90 must be a number"),
+        ({"compute": [7]}, r"compute\[0\]: an object, got int"),
     ],
 )
 def test_a_bad_profile_is_refused_with_its_field(change, message):
     document = predict.load("a100-dgx").as_dict() | change
     with pytest.raises(ProfileError, match=message):
         predict.load(document)
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, '{"schema": ', "9" * 10_000, "\x00"])
+def test_a_hostile_or_cut_profile_file_gives_one_line(tmp_path, text):
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(ProfileError) as refused:
+        predict.load(tmp_path / "p.json")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_profile_cut_anywhere_is_refused(tmp_path):
+    whole = json.dumps(predict.load("a100-dgx").as_dict())
+    for share in (0.1, 0.5, 0.9, 0.999):
+        (tmp_path / "p.json").write_text(whole[: int(share * len(whole))])
+        with pytest.raises(ProfileError, match="not JSON"):
+            predict.load(tmp_path / "p.json")
 
 
 def test_a_profile_that_is_not_json_or_not_there_is_refused(tmp_path):

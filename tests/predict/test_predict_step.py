@@ -191,3 +191,30 @@ def test_a_model_is_read_from_sizes():
     for bad, message in (("layers=2", "missing hidden"), (sizes + ",x=1", "unknown size 'x'")):
         with pytest.raises(ValueError, match=message):
             parse_model(bad)
+
+
+def test_what_wrappers_add_is_counted_calls_times_calibrated_seconds():
+    from pardemo.predict.strategy_step import wrapper_terms
+
+    p = _machine(launch={"dtensor_s": 2e-4, "fsdp_s": 1e-3}, memory_bandwidth=1e10)
+    found = {t.name: t for t in wrapper_terms(p, split_linears=24, units=5, copied_bytes=1e8)}
+    assert found["dtensor"].value == pytest.approx(24 * 2e-4)
+    assert found["units"].value == pytest.approx(5 * 1e-3)
+    assert found["copies"].value == pytest.approx(2 * 1e8 / 1e10)
+    assert not wrapper_terms(_machine(), split_linears=24, units=5, ring_flops=1e6)
+    step_of = predict.step("tensor", profile=p, ranks=2, compute_s=1.0, extra=found.values())
+    assert step_of.value == pytest.approx(0.5 + sum(t.value for t in found.values()))
+
+
+def test_ring_attention_pays_for_single_operators_less_the_fused_kernel():
+    from pardemo.predict.strategy_step import wrapper_terms
+
+    def rows(kind, rate):
+        return [
+            {"kind": kind, "flops": f, "forward_s": f / rate, "backward_s": 2 * f / rate}
+            for f in (1e5, 1e9)
+        ]
+
+    p = _machine(compute=[*rows("attention", 1e10), *rows("scores", 2e9)])
+    (ring,) = wrapper_terms(p, ring_flops=4e7, ring_blocks=4)
+    assert ring.value == pytest.approx(3 * 4e7 / 2e9 - 3 * 4e7 / 1e10, rel=1e-3)

@@ -1,0 +1,148 @@
+"""What calibrate() runs: small layers, an optimiser, and the least that each wrapper can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+Pair = tuple[nn.Module, tuple[torch.Tensor, ...]]
+
+
+def _linear(batch: int, inputs: int, outputs: int) -> Callable[[], Pair]:
+    return lambda: (nn.Linear(inputs, outputs), (torch.randn(batch, inputs),))
+
+
+def _conv(batch: int, channels: int, pixels: int) -> Callable[[], Pair]:
+    make = nn.Conv2d(channels, channels, 3, padding=1)
+    return lambda: (make, (torch.randn(batch, channels, pixels, pixels),))
+
+
+class _Attention(nn.Module):
+    """Causal attention of q, k, v without projections."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _attention(batch: int, heads: int, length: int) -> Callable[[], Pair]:
+    def make() -> Pair:
+        q, k, v = (torch.randn(batch, heads, length, 32, requires_grad=True) for _ in range(3))
+        return _Attention(), (q, k, v)
+
+    return make
+
+
+class _Scores(_Attention):
+    """The same by single operators, scores written to memory: what ring attention works with."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+        return (scores - scores.logsumexp(dim=-1, keepdim=True)).exp() @ v
+
+
+def _scores(batch: int, heads: int, length: int) -> Callable[[], Pair]:
+    fused = _attention(batch, heads, length)
+    return lambda: (_Scores(), fused()[1])
+
+
+def _norm(batch: int, width: int) -> Callable[[], Pair]:
+    return lambda: (nn.LayerNorm(width), (torch.randn(batch, width),))
+
+
+def _embedding(batch: int, rows: int, width: int) -> Callable[[], Pair]:
+    return lambda: (nn.Embedding(rows, width), (torch.arange(batch) % rows,))
+
+
+LAYERS: Mapping[str, Callable[[], Pair]] = {
+    "linear 1x16x16": _linear(1, 16, 16),
+    "linear 64x256x256": _linear(64, 256, 256),
+    "linear 256x512x512": _linear(256, 512, 512),
+    "conv 4x16x16": _conv(4, 16, 16),
+    "conv 16x32x16": _conv(16, 32, 16),
+    "attention 2x4x32": _attention(2, 4, 32),
+    "attention 4x4x128": _attention(4, 4, 128),
+    "scores 2x4x32": _scores(2, 4, 32),
+    "scores 4x4x128": _scores(4, 4, 128),
+    "norm 64x256": _norm(64, 256),
+    "norm 1024x512": _norm(1024, 512),
+    "embedding 512x256x128": _embedding(512, 256, 128),
+}
+
+
+class LayerPart:
+    """make() of a layer's forward, or forward and backward, on whatever device a rank has."""
+
+    def __init__(self, name: str, backward: bool) -> None:
+        self.name, self.backward = name, backward
+
+    def __call__(self, mesh: Any) -> Callable[[], object]:
+        module, inputs = LAYERS[self.name]()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        module, inputs = module.to(device), tuple(t.to(device) for t in inputs)
+        for t in inputs:
+            if t.is_floating_point():
+                t.requires_grad_()
+        if not self.backward:
+            return lambda: module(*inputs)
+        return lambda: module(*inputs).sum().backward()
+
+
+class adam:
+    """make() of an AdamW step over `count` parameters."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __call__(self, mesh: Any) -> Callable[[], object]:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        parameter = nn.Parameter(torch.zeros(self.count, device=device))
+        parameter.grad = torch.ones_like(parameter)
+        return torch.optim.AdamW([parameter]).step
+
+
+def ddp(mesh: Any) -> Callable[[], object]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net = nn.Sequential(*[nn.Linear(512, 512) for _ in range(4)]).to(device)
+    ddp = nn.parallel.DistributedDataParallel(net, process_group=mesh.get_group(), bucket_cap_mb=1)
+    x = torch.randn(128, 512, device=device)
+    return lambda: ddp(x).sum().backward()  # moves 2(n-1)/n of 4.2 MB
+
+
+def _two() -> nn.Sequential:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).to(device)
+
+
+def _stepped(net: nn.Module) -> Callable[[], object]:
+    x = torch.randn(1, 16, device=next(net.parameters()).device)
+    return lambda: net(x).sum().backward()
+
+
+def pair(mesh: Any) -> Callable[[], object]:
+    return _stepped(_two())
+
+
+def split_pair(mesh: Any) -> Callable[[], object]:
+    """A column and a row half of a pair: one all-reduce forward, none back to the input."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+    return _stepped(parallelize_module(_two(), mesh, plan))
+
+
+def fsdp_unit(mesh: Any) -> Callable[[], object]:
+    """One FSDP unit, the root: gathered once, reduced once."""
+    from torch.distributed.fsdp import fully_shard
+
+    net = _two()[0]
+    fully_shard(net, mesh=mesh)
+    return _stepped(net)
