@@ -99,7 +99,7 @@ def server(root: Path) -> Iterator[Server]:
 
 
 def _wait_for(found: Server, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(240):
+    for _ in range(720):
         if process.poll() is not None:
             raise RuntimeError(f"JupyterLab ended: {(found.root / '.lab.log').read_text()[-800:]}")
         with contextlib.suppress(OSError):
@@ -108,7 +108,7 @@ def _wait_for(found: Server, process: subprocess.Popen[bytes]) -> None:
                 json.load(answer)
                 return
         time.sleep(0.25)
-    raise RuntimeError("JupyterLab did not answer within 60 s")
+    raise RuntimeError("JupyterLab did not answer within 180 s")
 
 
 def open_notebook(page: Any, found: Server, notebook: str) -> None:
