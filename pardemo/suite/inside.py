@@ -61,6 +61,7 @@ class Seen:
     routed: Routed
     memory: dict[str, float]
     peak_at: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def sent_bytes(self) -> float:
@@ -84,7 +85,7 @@ def look(maker: Maker, ranks: int, warmup: int = 2) -> Seen | None:
     if phases is not None:  # one process drives its devices: copies between them are the transfer
         traffic = _copies(phases)
     routed = _routed(made.model)
-    return Seen(traffic, routed, *_weigh(made, batch))
+    return Seen(traffic, routed, *_weigh(made, batch), tuple(getattr(made, "notes", ())))
 
 
 COPIES = {  # phases of nn.DataParallel as collectives: (kind, phase of the step)

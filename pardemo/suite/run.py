@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Plan:
     until: float  # time.monotonic() after which no further step is taken apart
     say: Say
 
-    @property
+    @cached_property
     def scene(self) -> forms.Scene:
         """The same, for closed forms."""
         return forms.Scene(self.work, self.nprocs, self.batch_size, self.here.backend)
@@ -144,7 +145,7 @@ def _run(
         return table
     told = {"workload": table.workload, "batch_size": table.batch_size, "nprocs": plan.nprocs,
             "rounds": plan.rounds, "seconds": plan.seconds}  # fmt: skip
-    values = ((row.name, row.values()) for row in table.rows)
+    values = [(row.name, row.values()) for row in rows]
     return dataclasses.replace(table, run_id=keep.record(record, "strategies", told, found, values))
 
 
@@ -229,7 +230,7 @@ def _look(plan: Plan, candidate: _Candidate, ranks: Ranks) -> None:
         "sent_bytes": busiest.sent_bytes,
         "formula_bytes": busiest.formula_bytes,
         "formula": "; ".join(dict.fromkeys(e.formula for e in busiest.entries if e.formula)),
-        "traffic_notes": tuple(busiest.notes),
+        "traffic_notes": (*busiest.notes, *seen[0].notes),
         "memory": seen[fullest].memory,
         "peak_at": seen[fullest].peak_at,
         **weights.forecast(candidate.name, plan.scene, fullest, candidate.ranks),
@@ -240,8 +241,7 @@ def _predict(
     plan: Plan, fit: list[_Candidate], ranks: Ranks, profile: Profile | str | None
 ) -> list[str]:
     """Put a prediction beside every strategy, before any of them is timed; returns what to note."""
-    over_ranks = [c for c in fit if c.ranks > 1]
-    if not over_ranks:
+    if not (over_ranks := [c for c in fit if c.ranks > 1]):
         return []
     plan.say("calibrating collectives, and parts of the step alone")
     known = foresee.known_machine(profile, ranks)

@@ -102,6 +102,11 @@ class Scene:
         return plan.count(size, stages)
 
     @cached_property
+    def alive(self) -> dict[int, float]:
+        """Bytes of activations of the whole model by samples, once they were weighed."""
+        return {}
+
+    @cached_property
     def _cuts(self) -> dict[Any, list[nn.Module]]:
         return {}
 

@@ -39,7 +39,7 @@ def forecast(name: str, scene: Scene, rank: int, ranks: int) -> dict[str, Any]:
     found = {
         "parameters_bytes": _bytes(shapes),
         "gradients_bytes": _bytes(trained),
-        "optimizer_bytes": _states(kind, _owned(name, trained, rank, ranks)),
+        "optimizer_bytes": _states(kind, _owned(name, shapes, rank, ranks)),
         "buffers_bytes": float(sum(b.numel() * b.element_size() for b in module.buffers())),
     }
     alive = activations(name, scene, rank, ranks, module)
@@ -91,14 +91,15 @@ def _mine(index: int, experts: int, rank: int, ranks: int) -> bool:
 
 
 def _owned(name: str, shapes: Shapes, rank: int, ranks: int) -> Shapes:
-    """What this rank's optimiser updates: under ZeRO-1 whole tensors, dealt out largest first."""
-    if name != "zero1" or ranks == 1:
-        return shapes
+    """The trained tensors that this rank's optimiser keeps state for.
+
+    Under ZeRO-1 whole tensors, frozen ones too, are dealt out largest first to the least loaded.
+    """
     loads, owned = [0] * ranks, {}
     for p, shape in sorted(shapes.items(), key=lambda item: -math.prod(item[1])):
         owner = loads.index(min(loads))
         loads[owner] += math.prod(shape)
-        if owner == rank:
+        if p.requires_grad and (name != "zero1" or owner == rank):
             owned[p] = shape
     return owned
 
@@ -138,7 +139,9 @@ def activations(name: str, scene: Scene, rank: int, ranks: int, module: nn.Modul
         return None  # the layers' insides are cut, which no single process runs
     if "pp" not in axes:
         size = -(-scene.batch_size // ranks) if axes else scene.batch_size
-        return _alive(scene.model, scene.inputs(size), scene, size)
+        if size not in scene.alive:
+            scene.alive[size] = _alive(scene.model, scene.inputs(size), scene, size)
+        return scene.alive[size]
     place, size = scene.place(name, rank)["pp"], scene.batch_size // axes.get("dp", 1)
     count = 1 if name == "model_parallel" else scene.microbatches(size, axes["pp"])
     stages = scene.parts(ranks) if name == "model_parallel" else scene.stages(axes["pp"])
