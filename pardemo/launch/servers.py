@@ -94,9 +94,10 @@ def _open_ends(nprocs: int) -> tuple[list[RankEnd], list[list[int]]]:
 
 def temporary_folder() -> str:
     """Where multiprocessing in the ranks keeps its sockets: a killed rank leaves them behind, so
-    whoever outlives the group removes the folder. Empty where none can be made."""
+    whoever outlives the group removes the folder. Empty where none can be made. Its name is
+    shorter than multiprocessing's own: a socket's path may have 107 characters."""
     try:
-        return tempfile.mkdtemp(prefix="pardemo-ranks-")
+        return tempfile.mkdtemp(prefix="pd-")
     except OSError:
         return ""
 

@@ -155,7 +155,7 @@ def nothing_left(tmp_path: Path, within_s: float = SETTLE_S) -> Iterator[Path]:
     `Program` use inside."""
     healthy()  # this process's fork server runs: it belongs to the state before
     resource_tracker.ensure_running()  # Python's own helper, which `spawn` starts once
-    folder = tmp_path / "temporary"
+    folder = tmp_path / "t"  # short: a path of a socket has 107 characters
     folder.mkdir(exist_ok=True)
     old = [process.pid for process in family()]
     kept, environ = tempfile.tempdir, os.environ.get("TMPDIR")
@@ -250,7 +250,7 @@ class Program:
         """Standard error so far."""
         return (self.folder / "err").read_text(errors="replace")
 
-    def wait_for(self, text: str, seconds: float = 60.0, times: int = 1) -> None:
+    def wait_for(self, text: str, seconds: float = 120.0, times: int = 1) -> None:
         """Wait until it has printed `text` that many times."""
         deadline = time.monotonic() + seconds
         while self.out.count(text) < times:
