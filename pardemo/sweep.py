@@ -23,6 +23,7 @@ from .parameters import Refused, nearest, shown, validate
 KEYS = ("benchmark", "parameters", "grid")
 MOST_CASES = 500
 LARGEST = 100_000  # characters of a sweep file
+DEEPEST = 10  # lists in lists
 LONGEST = 110  # characters of a case's name
 
 
@@ -80,8 +81,14 @@ def _document(path: Path) -> Any:
             text = file.read(LARGEST + 1)
         if len(text) > LARGEST:
             raise Refused(f"{path} is longer than {LARGEST:,} characters: that is no sweep")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise Refused(f"{path} has an alias (*name), which a sweep does not need: write it out")
+        depth = 0
+        for event in yaml.parse(text):  # as it is read: deep nesting takes long to read to the end
+            if isinstance(event, yaml.AliasEvent):
+                raise Refused(f"{path} has an alias (*name): write out what it stands for")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise Refused(f"{path} is nested more than {DEEPEST} deep: that is no sweep")
         return yaml.safe_load(text)
     except OSError as error:
         raise Refused(f"cannot read {path}: {error.strerror}") from error

@@ -88,10 +88,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         files, version = manifest["files"], manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{path} is not a manifest ({error})") from error
+        whole = all({"bytes", "sha256"} <= set(entry) for entry in files.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise Damaged(f"{path} is not a manifest ({said})") from error
     if version != FORMAT:
-        raise Damaged(f"{path} has format {version}; this version of pardemo reads {FORMAT}")
+        said = repr(version)[:80]
+        raise Damaged(f"{path} has format {said}; this version of pardemo reads {FORMAT}")
+    if not whole:
+        raise Damaged(f"{path} is not a manifest (a file without its size and SHA-256)")
     there = {entry.name for entry in folder.iterdir()} - {MANIFEST}
     if extra := sorted(there - set(files)):
         raise Damaged(f"{folder / extra[0]} is not in the manifest: it was added later")

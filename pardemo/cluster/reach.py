@@ -38,7 +38,7 @@ def parse(text: str) -> Node:
     """`host:port`; Refused unless it is one with a port above 1023."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or not 1024 <= int(port) <= 65534:
-        raise Refused(f"a node is host:port with a port of 1024 to 65534, not {text!r}")
+        raise Refused(f"a node is host:port with a port of 1024 to 65534, not {text[:80]!r}")
     try:
         address = socket.gethostbyname(host)
     except OSError:

@@ -214,5 +214,5 @@ MODELS = {
 def model(name: str, **changes: int | bool | str) -> Transformer:
     """A published shape by name, with some fields changed: model("llama3-8b", seq=4096)."""
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+        raise ValueError(f"unknown model {name[:80]!r}; known: {', '.join(MODELS)}")
     return replace(MODELS[name], **changes)  # type: ignore[arg-type]

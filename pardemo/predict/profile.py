@@ -28,7 +28,7 @@ makes the predictions that need it refuse, with the name of what to calibrate.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import asdict, dataclass, field
 from datetime import date as Date
 from importlib import resources
@@ -141,17 +141,21 @@ def validate(document: object, where: str = "profile") -> dict[str, Any]:
         if key not in document:
             raise ProfileError(f"{where}: field {key!r} is missing")
         if not isinstance(document[key], kind) or isinstance(document[key], bool):
-            raise ProfileError(f"{where}: field {key!r} has the wrong type: {document[key]!r}")
+            raise ProfileError(
+                f"{where}: field {key!r} is of the wrong type: {_shown(document[key])}"
+            )
     if document["schema"] != SCHEMA:
-        raise ProfileError(f"{where}: schema {document['schema']!r}, this version reads {SCHEMA!r}")
+        found = _shown(document["schema"])
+        raise ProfileError(f"{where}: schema {found}, this version reads {SCHEMA!r}")
     try:
         Date.fromisoformat(document["date"])
     except ValueError:
-        raise ProfileError(f"{where}: date {document['date']!r} is not YYYY-MM-DD") from None
+        raise ProfileError(f"{where}: date {_shown(document['date'])} is not YYYY-MM-DD") from None
     _numbers(document["peak_flops"], f"{where}: peak_flops")
     unknown = set(document) - set(Profile.__dataclass_fields__)
     if unknown:
-        raise ProfileError(f"{where}: unknown fields {sorted(unknown)}")
+        raise ProfileError(f"{where}: unknown fields {_shown(sorted(unknown))}")
+    _numbers({name: document[name] for name in ("per_node", "memory_bytes")}, where)
     for name in OBJECTS:
         value = document.get(name, {})
         if not isinstance(value, dict):
@@ -180,21 +184,28 @@ def _rows(rows: object, keys: tuple[str, ...], where: str) -> None:
         missing = [k for k in keys if k not in row]
         if missing:
             raise ProfileError(f"{where}[{i}]: missing {missing}")
-        _numbers({k: row[k] for k in keys if k not in ("collective", "kind")}, f"{where}[{i}]")
+        counted = {k: row[k] for k in keys if k not in ("collective", "kind")}
+        _numbers(counted | {"nodes": row.get("nodes", 1)}, f"{where}[{i}]")
         if "collective" in row:
             try:
-                kind_of(row["collective"])
+                kind_of(str(row["collective"])[:80])
             except ValueError as error:
                 raise ProfileError(f"{where}[{i}]: {error}") from None
         if "kind" in row and row["kind"] not in COMPUTE_KINDS:
-            raise ProfileError(f"{where}[{i}]: kind {row['kind']!r} is none of {COMPUTE_KINDS}")
+            raise ProfileError(f"{where}[{i}]: kind {_shown(row['kind'])} is no compute kind")
 
 
 def _numbers(values: dict[str, Any], where: str) -> None:
     for key, value in values.items():
         good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not math.isfinite(value) or value < 0:
-            raise ProfileError(f"{where}: {key} must be a number >= 0, got {value!r}")
+        if not good or not 0 <= value <= sys.float_info.max:  # a number without end is neither
+            raise ProfileError(f"{where}: {key[:80]} must be a number >= 0, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    """A wrong value as it may stand in an error's line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def load(path_or_name: str | Path | dict[str, Any]) -> Profile:
