@@ -90,11 +90,11 @@ def _find(module: nn.Module, prefix: str) -> Iterator[Pair]:
             yield Pair((), f"{prefix}out_proj", module.num_heads, "heads", prefix[:-1])
         return
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-        columns, hidden = (f"{prefix}linear1",), module.linear1.out_features
-        yield Pair(columns, f"{prefix}linear2", hidden, "hidden features")
         for name, child in module.named_children():
             if isinstance(child, nn.MultiheadAttention):
                 yield from _find(child, f"{prefix}{name}.")
+        columns, hidden = (f"{prefix}linear1",), module.linear1.out_features
+        yield Pair(columns, f"{prefix}linear2", hidden, "hidden features")
         return
     graph = _trace(module)
     if graph is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,16 @@ def test_every_knob_leaves_the_result_alone(ranks2: Ranks, knobs: dict[str, Any]
     assert said, said
 
 
+@pytest.mark.soak
+@pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("c++", "g++", "clang++")),
+    reason="torch.compile's inductor needs a C++ compiler (c++, g++ or clang++) and found none",
+)
+def test_compiled_code_equals_one_process_in_plain_python(ranks2: Ranks) -> None:
+    said = check.strategy("ddp", "mlp", 2, batch_size=ODD, ranks=ranks2, compile="inductor")
+    assert said, said
+
+
 def test_four_ranks_with_parts_of_unequal_size_equal_one_process(ranks4: Ranks) -> None:
     for work in (unusual.mini_gpt(), workload("resnet-mini")):
         said = check.strategy("ddp", work, 4, batch_size=[8, 7, 5], ranks=ranks4)
@@ -74,9 +85,9 @@ def test_a_branch_without_gradients_needs_find_unused_parameters(ranks2: Ranks) 
 
 
 def train(knobs: dict[str, Any], steps: int = 3, name: str = "mlp") -> tuple[list[float], Any]:
-    work, row = workload(name, batch_size=8), strategies.get("ddp")
+    work = workload(name, batch_size=8)
     torch.manual_seed(0)
-    step = row.build(work.make_model(0), work.make_optimizer, work.loss, row.mesh(), **knobs)
+    step = unusual.trainer("ddp", work, **knobs)
     losses = [float(step.step(work.make_batch(8, i, 0))) for i in range(steps)]
     return losses, step.state()
 
@@ -114,8 +125,8 @@ def test_the_noop_hook_sends_nothing_and_check_catches_the_drift(ranks2: Ranks) 
 
 def sent(knobs: dict[str, Any], name: str = "mlp") -> dict[str, int]:
     """Bytes per kind of collective of the third step; earlier ones rebuild buckets."""
-    work, row = workload(name, batch_size=8), strategies.get("ddp")
-    step = row.build(work.make_model(0), work.make_optimizer, work.loss, row.mesh(), **knobs)
+    work = workload(name, batch_size=8)
+    step = unusual.trainer("ddp", work, **knobs)
     for i in range(2):
         step.step(work.make_batch(8, i, 0))
     found: dict[str, int] = {}

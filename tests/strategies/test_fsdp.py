@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pardemo import check, strategies
+from pardemo import check
 from pardemo.launch import Ranks
 from pardemo.workloads import Workload, sgd, workload
 from tests.strategies import unusual
@@ -93,9 +93,8 @@ def test_bfloat16_rounds_and_stays_within_five_hundredths(ranks2: Ranks) -> None
 
 
 def losses(mixed_precision: str | None) -> list[float]:
-    row, work = strategies.get("fsdp"), replace(workload("resnet-mini"), make_optimizer=sgd)
-    knobs = {"mixed_precision": mixed_precision}
-    step = row.build(work.make_model(0), work.make_optimizer, work.loss, row.mesh(), **knobs)
+    work = replace(workload("resnet-mini"), make_optimizer=sgd)
+    step = unusual.trainer("fsdp", work, mixed_precision=mixed_precision)
     return [float(step.step(work.make_batch(8, i, 0))) for i in range(3)]
 
 

@@ -55,8 +55,8 @@ def test_clipping_uses_the_norm_of_the_whole_gradient(
 
 def sent(name: str, knobs: dict[str, Any], config: GPTConfig) -> dict[str, float]:
     """Sent bytes per kind of collective in the second step (the first sets FSDP up)."""
-    row, work = strategies.get(name), unusual.mini_gpt(config)
-    step = row.build(work.make_model(0), work.make_optimizer, work.loss, row.mesh(), **knobs)
+    work = unusual.mini_gpt(config)
+    step = unusual.trainer(name, work, **knobs)
     step.step(work.make_batch(16, 0, 0))
     traffic = count(lambda: step.step(work.make_batch(16, 1, 0)))
     return {kind: traffic.sent_bytes(kind=kind) for kind in {f.kind for f in traffic.flows}}
@@ -102,8 +102,8 @@ def test_hsdp_reduces_a_shard_between_replicas(ranks4: Ranks) -> None:
 
 def kept() -> tuple[int, int, int]:
     """Bytes of parameters, gradients and optimiser state on this rank after a step."""
-    row, work = strategies.get("fsdp"), workload("gpt-mini", batch_size=4)
-    step = row.build(work.make_model(0), work.make_optimizer, work.loss, row.mesh())
+    work = workload("gpt-mini", batch_size=4)
+    step = unusual.trainer("fsdp", work)
     step.step(work.make_batch(4, 0, 0))
     tensors = [p.to_local() for p in step.model.parameters()]
     grads = [p.grad.to_local() for p in step.model.parameters()]

@@ -16,7 +16,7 @@ from pardemo.launch import Ranks
 from pardemo.measure import Traffic, count
 from pardemo.strategies import StrategyError
 from pardemo.workloads import Workload, adamw, workload
-from tests.strategies import unseen
+from tests.strategies import unseen, unusual
 
 EVERYWHERE = {"data_parallel", "ddp", "zero1", "fsdp", "hsdp"}  # they split only the batch
 TRACED = {"model_parallel", "pipeline", "dp_pp"}  # stages found by torch's tracer
@@ -150,11 +150,11 @@ def test_what_a_tracer_cannot_follow_is_refused_in_one_line(ranks2: Ranks) -> No
 
 
 def test_costs_decide_where_a_traced_model_is_cut(ranks2: Ranks) -> None:
-    for balance in ("measured", [1.0] * 7):
+    for balance in ("measured", [1.0] * 8):
         assert check.strategy(
             "pipeline", own("gpt_tied"), 2, 1, batch_size=4, ranks=ranks2, balance=balance
         )
-    with pytest.raises(StrategyError, match="2 costs for 7 pieces"):
+    with pytest.raises(StrategyError, match="2 costs for 8 pieces"):
         check.strategy("pipeline", own("gpt_tied"), 2, 1, ranks=ranks2, balance=[1.0, 2.0])
 
 
@@ -227,5 +227,4 @@ def share_of() -> Any:
 
 
 def build(name: str, seed: int) -> tuple[strategies.Step, Workload]:
-    row, work = strategies.get("tensor"), own(name)
-    return row.build(work.make_model(seed), work.make_optimizer, work.loss, row.mesh()), work
+    return unusual.trainer("tensor", own(name), seed), own(name)

@@ -93,8 +93,8 @@ def test_the_moments_are_dealt_out_and_nobody_keeps_them_twice(ranks2: Ranks) ->
 
 
 def sent() -> tuple[float, float, int]:
-    row, work = strategies.get("zero1"), workload("mlp", batch_size=8)
-    step = row.build(work.make_model(0), work.make_optimizer, work.loss, row.mesh())
+    work = workload("mlp", batch_size=8)
+    step = unusual.trainer("zero1", work)
     for i in range(2):
         step.step(work.make_batch(8, i, 0))
     traffic = count(lambda: step.step(work.make_batch(8, 2, 0)))

@@ -10,9 +10,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from pardemo import data
+from pardemo import data, strategies
 from pardemo.models import GPT, MLP, GPTConfig
 from pardemo.models.resnet import Basic, ResNet
+from pardemo.strategies import Step
 from pardemo.workloads import Workload, sgd, workload
 
 TOKENS = GPTConfig(vocab_size=256, block_size=16, n_layer=3, n_head=4, n_embd=32)
@@ -22,6 +23,12 @@ def seeded(make: Any, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return make()
+
+
+def trainer(name: str, work: Workload, seed: int = 0, **knobs: Any) -> Step:
+    """The strategy called `name` at work on this rank, over a mesh of all ranks."""
+    row = strategies.get(name)
+    return row.build(work.make_model(seed), work.make_optimizer, work.loss, row.mesh(), **knobs)
 
 
 def mini_gpt(config: GPTConfig = TOKENS) -> Workload:
