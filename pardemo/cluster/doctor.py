@@ -26,6 +26,7 @@ import torch
 OK, WARN, FAIL = "ok", "WARN", "FAIL"
 SHM_BYTES = 256 * 2**20  # DataLoader workers and nccl pass tensors through /dev/shm
 FILES = 4096
+MEMORY_BYTES = 4 * 2**30
 CLOCK_S = 1.0
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -68,7 +69,7 @@ def here(environment: Mapping[str, str] | None = None) -> list[Finding]:
     """Findings about this machine alone."""
     environment = os.environ if environment is None else environment
     found = [_name(), *_named_interfaces(environment), _shared_memory(), _open_files()]
-    return found + _locked_memory() + _peers()
+    return [*found, _memory(), *_locked_memory(), *_peers()]
 
 
 def _name() -> Finding:
@@ -135,6 +136,41 @@ def _open_files() -> Finding:
             f"ulimit -n {FILES if hard < 0 else min(FILES, hard)}, or raise it in limits.conf",
         )  # fmt: skip
     return Finding(OK, f"a process may open {soft:,} files")
+
+
+def _memory() -> Finding:
+    """What a process may use: by ulimit -v, by its cgroup (containers, Slurm), by the machine."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        return Finding(
+            WARN, f"a process may map {soft / 1e9:.1f} GB: torch maps far more than it uses, and "
+            "fails with odd errors", "ulimit -v unlimited, or raise it in limits.conf",
+        )  # fmt: skip
+    total = psutil.virtual_memory().total
+    allowed = min([total, *_cgroup_limits()])
+    if allowed < MEMORY_BYTES:
+        return Finding(
+            WARN, f"{allowed / 1e9:.1f} GB of memory may be used here: beyond, ranks are killed",
+            "ask for more: docker run --memory, Kubernetes limits, sbatch --mem",
+        )  # fmt: skip
+    return Finding(OK, f"{allowed / 1e9:.1f} GB of memory may be used, {total / 1e9:.1f} are there")
+
+
+def _cgroup_limits(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Memory limits of this process's cgroup and those above it, in bytes."""
+    try:
+        own = Path("/proc/self/cgroup").read_text().strip().splitlines()[-1].split(":")[2]
+    except (OSError, IndexError):
+        return []
+    here = root / own.strip("/")
+    found = []
+    for folder in (here, *here.parents):
+        for name in ("memory.max", "memory/memory.limit_in_bytes"):
+            file = folder / name
+            if file.is_relative_to(root) and file.is_file():
+                text = file.read_text().strip()
+                found += [int(text)] if text.isdecimal() else []
+    return found
 
 
 def _locked_memory() -> list[Finding]:

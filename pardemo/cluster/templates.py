@@ -126,12 +126,16 @@ def _slurm(plan: Plan) -> str:
         *_exports(plan),
         "# each task learns its node's number from Slurm; the rest is the same on all nodes",
         'start=\'exec "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"\'',
-        "# exec: the job ends as srun ends, so that a failure is never recorded as COMPLETED",
-        f'exec srun --kill-on-bad-exit=1 bash -c "$start" {shlex.quote(plan.python)} \\',
+        f'srun --kill-on-bad-exit=1 bash -c "$start" {shlex.quote(plan.python)} \\',
         f"  --nnodes={plan.nodes} --nproc-per-node={plan.ranks_per_node} \\",
         '  --master-addr="$master" --master-port="$port" \\',
         f'  --log-dir={shlex.quote(plan.folder)}/logs-"$SLURM_JOB_ID" \\',
-        f"  {shlex.join(plan.words)}",
+        f"  {shlex.join(plan.words)} && exit 0",
+        "code=$?",
+        "# When a node is lost, the others fail before Slurm has noticed. So ask every node; where",
+        "# one is silent wait for Slurm: it ends the job and, with --requeue, starts it again.",
+        f"timeout 60 srun --nodes={plan.nodes} --ntasks-per-node=1 true || sleep 900",
+        'exit "$code"                         # a failure is never recorded as COMPLETED',
     ]
     return "\n".join([*head, "", *body, ""])
 

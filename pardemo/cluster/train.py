@@ -23,10 +23,9 @@ import torch.distributed as dist
 from pardemo import strategies, workloads
 from pardemo.cluster.checkpoint import Checkpoints
 from pardemo.cluster.torchrun import die_with_parent, write_record
+from pardemo.cluster.world import translate_slurm
 from pardemo.machine import machine
 from pardemo.parameters import Refused
-
-SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,7 @@ def run(job: Job) -> dict[str, Any]:
 
 def _join(timeout_s: float) -> None:
     """Join the world of torchrun, or of srun; alone where there is neither."""
-    for name, slurm in SLURM.items():
-        if name not in os.environ and slurm in os.environ and "MASTER_ADDR" in os.environ:
-            os.environ[name] = os.environ[slurm]
+    translate_slurm()
     if "RANK" not in os.environ:
         return
     die_with_parent()

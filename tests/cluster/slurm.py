@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 CONFIG = """
@@ -79,8 +81,35 @@ class Slurm:
         time.sleep(1.0)
         self._start("slurmctld", "-D", "-f", str(self.config))
         for node in ("n1", "n2"):
-            self._start("slurmd", "-D", "-f", str(self.config), "-N", node)
+            self.start_node(node)
         self._wait_idle()
+
+    def start_node(self, node: str) -> None:
+        self._start("slurmd", "-D", "-f", str(self.config), "-N", node)
+
+    def tasks(self, node: str) -> list[psutil.Process]:
+        """The processes of this Slurm's jobs on a node: tasks, and the stepd above them."""
+        found = {}
+        for process in psutil.process_iter():
+            try:
+                environment = process.environ()
+                here = environment.get("SLURM_CONF") == str(self.config)
+                if here and environment.get("SLURMD_NODENAME") == node:
+                    above = [p for p in process.parents() if p.name().startswith("slurmstepd")]
+                    found |= {p.pid: p for p in (process, *above)}
+            except psutil.Error:
+                continue
+        return list(found.values())
+
+    def lose_node(self, node: str) -> None:
+        """SIGKILL a node's slurmd and all it runs, as a power cut does."""
+        daemon = next(p for p in self.processes if p.args[-1] == node)  # type: ignore[index]
+        daemon.kill()
+        daemon.wait()
+        self.processes.remove(daemon)
+        for process in self.tasks(node):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def _start(self, name: str, *arguments: str) -> None:
         path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -92,9 +121,12 @@ class Slurm:
                 )
             )  # fmt: skip
 
-    def run(self, *argv: str) -> str:
-        done = subprocess.run(argv, env=self.env, text=True, capture_output=True, timeout=30)
-        assert done.returncode == 0, done.stderr
+    def run(self, *argv: str, timeout: float = 60.0) -> str:
+        done = subprocess.run(
+            argv, env=self.env, text=True, capture_output=True, timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def _wait_idle(self) -> None:

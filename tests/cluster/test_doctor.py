@@ -130,6 +130,47 @@ def test_small_memory_and_few_files_are_found(lab_possible: None) -> None:
     assert done.returncode == 0
 
 
+def test_a_limit_on_memory_is_found(lab: Nodes) -> None:
+    script = 'ulimit -v 20000000; exec "$0" "$@"'
+    done = lab.run(0, ["sh", "-c", script, *DOCTOR], env={"PYTHONPATH": str(ROOT)}, timeout=120)
+    assert "WARN  a process may map 20.5 GB" in done.stdout, done.stderr
+    assert "-> ulimit -v unlimited" in done.stdout
+
+
+def test_the_least_limit_of_a_cgroup_and_those_above_counts(tmp_path: Path) -> None:
+    own = Path("/proc/self/cgroup").read_text().strip().splitlines()[-1].split(":")[2].strip("/")
+    folder = tmp_path / own
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text("1000000000\n")
+    assert doctor._cgroup_limits(tmp_path) == [1_000_000_000]
+    (folder / "memory.max").write_text("max\n")
+    assert doctor._cgroup_limits(tmp_path) == []
+
+
+OTHER = """
+import sys, time
+import torch
+now, torch.__version__ = time.time, "2.12.0"
+time.time = lambda: now() - 90
+from pardemo.cluster.__main__ import main
+sys.argv[0] = "pardemo"
+raise SystemExit(main())
+"""
+
+
+def test_another_version_and_another_clock_on_a_node_are_found(lab: Nodes) -> None:
+    words = ["doctor", *BOTH, "--no-pairs"]
+    environment = {"PYTHONPATH": str(ROOT)}
+    pipes = {"text": True, "stdout": subprocess.PIPE}
+    argvs = ([*DOCTOR[:-1], *words], [sys.executable, "-c", OTHER, *words])
+    started = [lab.popen(n, argv, environment, **pipes) for n, argv in enumerate(argvs)]
+    text, _ = (process.communicate(timeout=150)[0] for process in started)
+    assert "FAIL  torch is " in text
+    assert " and 2.12.0 on node1" in text
+    assert "WARN  the clock of node1 is -" in text
+    assert "-> logs will not line up" in text
+
+
 FACTS = {"host": "n1", "python": "3.11.7", "torch": "2.13.0", "nccl": "", "gpus": 0}
 
 

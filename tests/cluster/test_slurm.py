@@ -2,55 +2,48 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pwd
+import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
+from pardemo import records
 from pardemo.cluster.templates import Plan, template
+from tests.cluster.slurm import Slurm
 
 ROOT = Path(__file__).parents[2]
-
-
-def _slurm_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("slurm", Path(__file__).parent / "slurm.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def slurm(
     need: Callable[[str, str], str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Any]:
+) -> Iterator[Slurm]:
     for tool in ("sbatch", "slurmctld", "slurmd", "munged"):
         need(tool, "slurm-wlm munge")
     os.environ["USER"] = pwd.getpwuid(os.geteuid()).pw_name
-    running = _slurm_module().Slurm(tmp_path_factory.mktemp("slurm"))
+    running = Slurm(tmp_path_factory.mktemp("slurm"))
     yield running
     running.stop()
 
 
-def submit(slurm: Any, folder: Path, *program: str) -> str:
+def submit(slurm: Slurm, folder: Path, *program: str) -> str:
     plan = Plan(
         nodes=2, gpus_per_node=0, cpus_per_rank=1, time="00:05:00", folder=str(folder),
         master="127.0.0.1", python=sys.executable, program=program, interface="lo",
     )  # fmt: skip
     script = folder / "job.sh"
     script.write_text(template("slurm", plan))
-    return slurm.run("sbatch", "--parsable", f"--chdir={ROOT}", str(script)).strip()
+    clock = f"--export=ALL,TMPDIR={folder}"  # a timing lock of its own
+    return slurm.run("sbatch", "--parsable", clock, f"--chdir={ROOT}", str(script)).strip()
 
 
-def test_a_two_node_job_trains_and_leaves_its_record(slurm: Any, tmp_path: Path) -> None:
+def test_a_two_node_job_trains_and_leaves_its_record(slurm: Slurm, tmp_path: Path) -> None:
     words = ["-m", "pardemo.cluster", "run", "--folder", str(tmp_path), "--steps", "10"]
     job = submit(slurm, tmp_path, *words)
     state = slurm.wait(job)
@@ -65,7 +58,7 @@ def test_a_two_node_job_trains_and_leaves_its_record(slurm: Any, tmp_path: Path)
 
 
 @pytest.mark.soak
-def test_a_second_job_goes_on_where_the_first_ended(slurm: Any, tmp_path: Path) -> None:
+def test_a_second_job_goes_on_where_the_first_ended(slurm: Slurm, tmp_path: Path) -> None:
     words = ["-m", "pardemo.cluster", "run", "--folder", str(tmp_path), "--steps"]
     for steps in ("5", "8"):
         assert slurm.wait(submit(slurm, tmp_path, *words, steps))["JobState"] == "COMPLETED"
@@ -73,9 +66,93 @@ def test_a_second_job_goes_on_where_the_first_ended(slurm: Any, tmp_path: Path) 
     assert sorted(resumed) == [0, 5]
 
 
-def test_a_job_that_fails_is_never_completed(slurm: Any, tmp_path: Path) -> None:
+def test_a_job_that_fails_is_never_completed(slurm: Slurm, tmp_path: Path) -> None:
     (tmp_path / "fail.py").write_text("raise SystemExit(3)\n")
     job = submit(slurm, tmp_path, str(tmp_path / "fail.py"))
     state = slurm.wait(job)
     assert state["JobState"] == "FAILED"
     assert state["ExitCode"] != "0:0"
+
+
+BENCH = [
+    "-m", "pardemo", "bench", "collectives", "-p", "kinds", "send", "-p", "largest", "4096",
+    "-p", "rounds", "2", "-p", "seconds", "1", "-p", "pipelined", "1",
+]  # fmt: skip
+
+
+def test_a_benchmark_runs_as_a_job_over_its_two_nodes(slurm: Slurm, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    job = submit(slurm, tmp_path, *BENCH, "--results", str(results))
+    state = slurm.wait(job, 240)
+    output = (tmp_path / f"slurm-{job}.out").read_text()
+    assert state["JobState"] == "COMPLETED", output
+    assert "world    2 ranks on 2 nodes" in output
+    (run,) = records.open(results / "pardemo.sqlite").runs()
+    cards = run.environment["machine"]["nodes"]
+    assert [re.match(r"node (\d), ", card)[1] for card in cards] == ["0", "1"]  # type: ignore[index]
+    assert len(list(results.glob("*/report.html"))) == 1
+
+
+def until(path: Path, words: str, seconds: float = 120.0) -> None:
+    """Wait until a job has printed `words`."""
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and words in path.read_text()):
+        assert time.monotonic() < deadline, path.read_text() if path.exists() else "no output"
+        time.sleep(0.2)
+
+
+def gone(slurm: Slurm) -> bool:
+    """Whether no process of a job is left on any node within 15 s."""
+    for _ in range(75):
+        if not slurm.tasks("n1") and not slurm.tasks("n2"):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def test_a_cancelled_job_leaves_no_process(slurm: Slurm, tmp_path: Path) -> None:
+    words = ["-m", "pardemo.cluster", "run", "--folder", str(tmp_path), "--steps", "4000"]
+    job = submit(slurm, tmp_path, *words, "--pause-s", "0.1")
+    until(tmp_path / f"slurm-{job}.out", "step 3 ")
+    slurm.run("scancel", job)
+    assert slurm.wait(job)["JobState"] == "CANCELLED"
+    assert gone(slurm)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+def test_a_job_whose_node_dies_comes_back_and_goes_on(slurm: Slurm, tmp_path: Path) -> None:
+    words = ["-m", "pardemo.cluster", "run", "--folder", str(tmp_path), "--steps", "60"]
+    job = submit(slurm, tmp_path, *words, "--pause-s", "0.2")
+    until(tmp_path / f"slurm-{job}.out", "step 17 ")
+    slurm.lose_node("n2")
+    deadline = time.monotonic() + 180
+    while slurm.state(job)["Restarts"] == "0":
+        assert time.monotonic() < deadline, slurm.state(job)
+        time.sleep(0.5)
+    slurm.start_node("n2")
+    state = slurm.wait(job, 300)
+    output = (tmp_path / f"slurm-{job}.out").read_text()
+    assert state["JobState"] == "COMPLETED", output
+    (path,) = tmp_path.glob("record-*.json")
+    record = json.loads(path.read_text())
+    assert record["resumed_at_step"] >= 15
+    assert len(record["losses"]) == 60
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+def test_srun_alone_makes_a_world_too(slurm: Slurm, tmp_path: Path) -> None:
+    meet = f"ALL,MASTER_ADDR=127.0.0.1,MASTER_PORT=28931,GLOO_SOCKET_IFNAME=lo,TMPDIR={tmp_path}"
+    argv = ["srun", "-N2", "-n2", f"--export={meet}", f"--chdir={ROOT}", sys.executable, *BENCH]
+    said = slurm.run(*argv, "--results", str(tmp_path / "results"), timeout=240)
+    assert "world    2 ranks on 2 nodes" in said
+
+
+@pytest.mark.soak
+def test_without_its_controller_slurm_says_so(slurm: Slurm, tmp_path: Path) -> None:
+    daemon = slurm.processes[1]
+    daemon.terminate()
+    daemon.wait(20)
+    with pytest.raises(AssertionError, match=r"(?i)unable to contact|connect failure|refused"):
+        submit(slurm, tmp_path, "-c", "pass")

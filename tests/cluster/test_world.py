@@ -8,11 +8,14 @@ import socket
 import subprocess
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pardemo import records
-from pardemo.cluster import Nodes, torchrun
+from pardemo.cluster import Nodes, torchrun, world
+from pardemo.launch import torchrun as launched
+from pardemo.parameters import Refused
 from pardemo.records import Store
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +96,8 @@ def agents(program: list[str], folder: Path, sizes: list[int]) -> list[tuple[int
                 master_port=port,
             ),
             cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"}, stdin=subprocess.DEVNULL,
+            env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(folder)},
+            stdin=subprocess.DEVNULL,
         )
         for node, nprocs in enumerate(sizes)
     ]  # fmt: skip
@@ -139,6 +143,7 @@ def test_a_benchmark_runs_over_the_ranks_of_two_agents(tmp_path: Path) -> None:
     assert all("CPU" in card for card in cards)
 
 
+@pytest.mark.soak
 def test_a_benchmark_that_is_refused_ends_every_rank(tmp_path: Path) -> None:
     argv = ["-m", "pardemo", "bench", "collectives", "-p", "world_sizes", "4"]
     ((code, text),) = agents(argv, tmp_path, [2])
@@ -146,17 +151,28 @@ def test_a_benchmark_that_is_refused_ends_every_rank(tmp_path: Path) -> None:
     assert "4 ranks are wanted, this world has 2" in text
 
 
-def test_a_world_of_one_rank_is_refused(tmp_path: Path) -> None:
-    ((code, text),) = agents(["-m", "pardemo", "bench", *COLLECTIVES], tmp_path, [1])
-    assert code != 0
-    assert "needs 2 ranks or more" in text
+def test_parameters_that_count_ranks_take_the_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert world.counts(["nprocs"]) == {}
+    for size in (6, 1):
+        monkeypatch.setattr(launched, "driver", SimpleNamespace(world_size=size))
+        if size > 1:
+            assert world.counts(["model", "nprocs"]) == {"nprocs": 6}
+            assert world.counts(["world_sizes", "most_ranks"]) == {
+                "world_sizes": "6", "most_ranks": 6
+            }  # fmt: skip
+            continue
+        with pytest.raises(Refused, match="needs 2 ranks or more"):
+            world.counts(["nprocs"])
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-def test_a_benchmark_runs_over_the_nodes_of_a_lab(lab_possible: None, tmp_path: Path) -> None:
+def test_a_benchmark_runs_over_the_nodes_of_a_lab(
+    lab_possible: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Nodes(2, rate="1gbit") as nodes:
         program = ["-m", "pardemo", "bench", *COLLECTIVES, "--results", str(tmp_path / "results")]
+        monkeypatch.setenv("TMPDIR", str(tmp_path))  # a timing lock of its own
         done = torchrun.run_on_nodes(nodes, program, tmp_path / "logs", timeout=240)
         assert [one.returncode for one in done] == [0, 0], done[0].stdout + done[1].stdout
         assert min(nodes.tx_bytes()) > 100_000
