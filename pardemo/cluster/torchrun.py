@@ -13,10 +13,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,20 +65,46 @@ def run_on_nodes(
 
     The outer deadline is needed: with a cable pulled, an agent of torchrun may wait on for minutes.
     """
-    port, deadline = nodes.next_port(), time.monotonic() + timeout
-    agents = []
+    port = nodes.next_port()
+
+    def start(node: int, pipes: dict[str, Any]) -> subprocess.Popen[str]:
+        argv = command(
+            program, nprocs_per_node, Path(log_dir) / nodes.names[node], nnodes=len(nodes),
+            node_rank=node, master_addr=nodes.addresses[0], master_port=port,
+        )  # fmt: skip
+        return nodes.popen(node, argv, ENVIRONMENT, **pipes)
+
+    return _to_the_end(len(nodes), start, timeout)
+
+
+def run_side_by_side(
+    program: Sequence[str], log_dir: str | Path, nnodes: int = 2, timeout: float = 120.0
+) -> list[subprocess.CompletedProcess[str]]:
+    """The same without a lab: `nnodes` agents of one rank each on this machine, over loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, **ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"}
+
+    def start(node: int, pipes: dict[str, Any]) -> subprocess.Popen[str]:
+        logs = Path(log_dir) / f"node{node}"
+        argv = command(program, 1, logs, nnodes=nnodes, node_rank=node, master_port=port)
+        return subprocess.Popen(argv, env=environment, **pipes)
+
+    return _to_the_end(nnodes, start, timeout)
+
+
+def _to_the_end(
+    count: int, start: Callable[[int, dict[str, Any]], subprocess.Popen[str]], timeout: float
+) -> list[subprocess.CompletedProcess[str]]:
+    """Start agents, read what they print, and end those that still run at the deadline."""
+    pipes = {"text": True, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
+             "stderr": subprocess.STDOUT}  # fmt: skip
+    deadline = time.monotonic() + timeout
+    agents: list[subprocess.Popen[str]] = []
     try:
-        for node in range(len(nodes)):
-            argv = command(
-                program, nprocs_per_node, Path(log_dir) / nodes.names[node], nnodes=len(nodes),
-                node_rank=node, master_addr=nodes.addresses[0], master_port=port,
-            )  # fmt: skip
-            agents.append(
-                nodes.popen(
-                    node, argv, ENVIRONMENT, text=True, stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                )
-            )  # fmt: skip
+        for node in range(count):
+            agents.append(start(node, pipes))
         outputs = [agent.communicate(timeout=deadline - time.monotonic())[0] for agent in agents]
     finally:
         for agent in agents:

@@ -65,6 +65,8 @@ class Agent:
         self.process.kill()
         self.process.wait()
         self._reader.join(10)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
         return self.process.returncode, self.text
 
 

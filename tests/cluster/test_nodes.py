@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pardemo.cluster import Nodes, NodesError
@@ -129,6 +133,39 @@ def test_nothing_is_left_when_the_process_ends(lab_possible: None, end: signal.S
         process.send_signal(end)
         process.wait(20)
     assert gone(pids)
+    assert interfaces() == before
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Processes that were started, however far below, with this mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(20))
+def test_a_kill_at_a_random_moment_leaves_nothing(lab_possible: None, seed: int) -> None:
+    """Also while the lab is being made: nothing has told us yet that it stands."""
+    before, mark = interfaces(), uuid.uuid4().hex
+    environment = {**os.environ, "MARK": mark}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(
+        [sys.executable, "-c", STANDING], cwd=ROOT, env=environment, **pipes
+    ) as process:
+        while len(marked(mark)) < 2:  # until the hub runs
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(random.Random(seed).uniform(0, 1.5))
+        process.kill()
+        process.wait(20)
+    deadline = time.monotonic() + 10
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
     assert interfaces() == before
 
 

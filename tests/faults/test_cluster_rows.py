@@ -1,0 +1,193 @@
+"""The fault matrix past one machine: torchrun's agents and workers, nodes, and their rendezvous.
+
+Numbers in names are rows of the matrix. Kills of a worker that a restart mends, and of an agent,
+are in tests/cluster/test_torchrun.py; Slurm's rows in test_slurm.py; checkpoints' in
+test_checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pardemo.cluster import Nodes, torchrun
+from tests.cluster.agents import PROGRAM, ROOT, Agent, gone, record
+from tests.faults.harness import nothing_left
+
+TRAINING = [*PROGRAM, "--timeout-s", "8"]
+LONG = ["-m", "pardemo.cluster", "run", "--steps", "4000", "--pause-s", "0.05", "--timeout-s", "8"]
+AGENTS = """
+import pathlib
+for file in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+    if b"torch.distributed.run" in file.read_bytes().split(b"\\0"):
+        print(file)
+"""
+LO = {**torchrun.ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    folder = tmp_path_factory.mktemp("alone")
+    agent = Agent(folder, nprocs=1, program=[*PROGRAM, "--strategy", "single", "--pause-s", "0"])
+    assert agent.end()[0] == 0, agent.text
+    return record(folder)["losses"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def survives_a_kill(folder: Path, seed: int, undisturbed: list[float]) -> None:
+    """Row 16: SIGKILL of a random worker at a random moment of the training."""
+    chance = random.Random(seed)
+    agent = Agent(folder, program=TRAINING, max_restarts=1)
+    agent.until(f"step {chance.randint(1, 36)} ")
+    time.sleep(chance.uniform(0, 0.05))
+    os.kill(chance.choice(agent.workers()), signal.SIGKILL)
+    code, text = agent.end()
+    assert code == 0, text[-3000:]
+    told = record(folder)
+    assert told["restarts"] == 1
+    assert told["losses"] == pytest.approx(undisturbed, abs=1e-5)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_16_a_worker_killed_at_a_random_moment_costs_nothing(
+    tmp_path: Path, undisturbed: list[float], seed: int
+) -> None:
+    survives_a_kill(tmp_path, seed, undisturbed)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", range(3, 23))
+def test_16_twenty_times(tmp_path: Path, undisturbed: list[float], seed: int) -> None:
+    survives_a_kill(tmp_path, seed, undisturbed)
+
+
+@pytest.mark.timeout(200)
+def test_18_a_stopped_worker_is_found_and_the_run_goes_on(
+    tmp_path: Path, undisturbed: list[float]
+) -> None:
+    agent = Agent(tmp_path, program=TRAINING, max_restarts=1, shutdown_timeout_s=3)
+    agent.until("step 12 ")
+    os.kill(agent.workers()[1], signal.SIGSTOP)
+    code, text = agent.end()
+    assert code == 0, text[-3000:]
+    assert record(tmp_path)["losses"] == pytest.approx(undisturbed, abs=1e-5)
+
+
+SIGNALS = [
+    signal.SIGTERM,
+    *(pytest.param(s, marks=pytest.mark.soak) for s in (signal.SIGINT, signal.SIGHUP)),
+]
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("number", SIGNALS)
+def test_18_a_signal_to_the_agent_ends_everything(tmp_path: Path, number: signal.Signals) -> None:
+    with nothing_left(tmp_path, within_s=10):
+        folder = tmp_path / "run"
+        folder.mkdir()
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}  # torch's own, one per user
+        agent = Agent(folder, {**torchrun.ENVIRONMENT, **cache}, program=LONG)
+        agent.until("step 3 ")
+        workers = agent.workers()
+        agent.process.send_signal(number)
+        code, _ = agent.end(30)
+        assert code != 0
+        assert len(workers) == 2
+        assert gone(workers)
+
+
+@pytest.mark.timeout(200)
+def test_19_when_a_node_is_lost_the_other_agent_ends(tmp_path: Path) -> None:
+    meet = {"nnodes": 2, "nprocs": 1, "master_port": free_port(), "program": LONG}
+    agents = [Agent(tmp_path, LO, node_rank=rank, **meet) for rank in range(2)]
+    agents[0].until("step 3 ")
+    for pid in (*agents[1].workers(), agents[1].process.pid):
+        os.kill(pid, signal.SIGKILL)
+    agents[1].end()
+    code, _ = agents[0].end(60)
+    assert code not in (0, -signal.SIGKILL), "the survivor had to be killed"
+
+
+@pytest.fixture
+def lab(request: pytest.FixtureRequest) -> Iterator[Nodes]:
+    from pardemo.cluster import reasons_against
+
+    if against := reasons_against():
+        pytest.skip(f"no node lab: {against[0]}")
+    with Nodes(2) as nodes:
+        yield nodes
+
+
+@pytest.mark.timeout(200)
+def test_20_a_pulled_cable_ends_at_the_outer_deadline(lab: Nodes, tmp_path: Path) -> None:
+    words = [*LONG, "--folder", str(tmp_path)]
+    lab.plug(1, False)
+    with pytest.raises(subprocess.TimeoutExpired):
+        torchrun.run_on_nodes(lab, words, tmp_path / "logs", timeout=15)
+    lab.plug(1, True)
+    for _ in range(50):
+        if not (left := lab.run(0, [sys.executable, "-I", "-c", AGENTS]).stdout.strip()):
+            break
+        time.sleep(0.1)
+    assert left == ""
+    short = [*PROGRAM[:3], "--steps", "2", "--folder", str(tmp_path)]
+    done = torchrun.run_on_nodes(lab, short, tmp_path / "logs", timeout=150)
+    assert [one.returncode for one in done] == [0, 0], done[0].stdout
+
+
+def joining(tmp_path: Path, node_rank: int, port: int) -> tuple[int, str, str]:
+    """How an agent of two ends, what torchrun printed, and what we say to that."""
+    program = tmp_path / "x.py"
+    program.write_text("")
+    agent = Agent(
+        tmp_path, LO, nprocs=1, program=[str(program)], nnodes=2, node_rank=node_rank,
+        master_port=port, join_timeout_s=3,
+    )  # fmt: skip
+    code, text = agent.end(100)
+    return code, text, torchrun.why(text)
+
+
+@pytest.mark.timeout(200)
+def test_21_nobody_hosts_the_rendezvous(tmp_path: Path) -> None:
+    port = free_port()
+    code, text, said = joining(tmp_path, 1, port)
+    assert code == 1, text
+    assert f"nobody answers at (127.0.0.1, {port}): start the agent of node 0" in said
+
+
+@pytest.mark.timeout(200)
+def test_21_the_port_is_busy(tmp_path: Path) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        code, text, said = joining(tmp_path, 0, taken.getsockname()[1])
+    assert code == 1, text
+    assert said == "the port is taken on node 0: choose another --master-port"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(200)
+def test_21_the_other_nodes_never_come(tmp_path: Path) -> None:
+    code, text, said = joining(tmp_path, 0, free_port())
+    assert code == 1, text
+    assert "1/2 agents came: start the others" in said
+
+
+def test_what_torchrun_prints_and_nobody_knows_is_not_explained() -> None:
+    assert torchrun.why("Traceback: KeyError: 'x'") == ""
+    assert torchrun.why("Signal 9 (SIGKILL) received by PID 77").startswith("process 77 was killed")
+    assert ROOT.is_dir()
