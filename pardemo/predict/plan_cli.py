@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run_plan(options)
     except ValueError as error:
-        print(f"pardemo plan: {error}", file=sys.stderr)
+        print(f"pardemo plan: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

@@ -185,6 +185,26 @@ def test_the_plan_command_prints_a_table_and_refuses_in_one_line(capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--ranks 0", "--ranks must be at least 1"),
+        ("--ranks -4", "got -4"),
+        ("--rows 0", "--rows must be at least 1"),
+        ("--global-batch -5", "--global-batch must be at least 0"),
+        ("--memory-gb nan", "got nan"),
+        ("--memory-gb -3", "--memory-gb must be"),
+        ("--cluster nowhere:8", "no profile nowhere"),
+    ],
+)
+def test_bad_values_of_a_plan_are_refused_in_one_line(capsys, words, message):
+    assert plan_main(["--model", "llama3-8b", *words.split()]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert message in shown.err
+
+
 def test_a_model_is_read_from_sizes():
     sizes = "layers=2,hidden=64,heads=4,ffn=256,vocab=100,seq=32"
     assert parse_model(sizes + ",gated=1").matrices == 3
