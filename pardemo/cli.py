@@ -286,12 +286,15 @@ def _notebooks(arguments: argparse.Namespace) -> int:
     from . import notebooks
 
     paths = [notebooks.find(name) for name in arguments.names] or list(notebooks.known().values())
-    failed = 0
+    failed, total_s = 0, 0.0
     for path in paths:
         try:
-            notebooks.refresh(path, mock=arguments.mock)
-            print(f"{path.parent.name}/{path.name}: done", flush=True)
+            taken_s = notebooks.refresh(path, mock=arguments.mock)
+            total_s += taken_s
+            print(f"{path.parent.name}/{path.name}: done in {taken_s:.0f} s", flush=True)
         except notebooks.NotebookFailed as error:
             failed += 1
             print(f"{error}\n  the file is as it was", file=sys.stderr, flush=True)
+    if len(paths) > 1:
+        print(f"{len(paths) - failed} of {len(paths)} notebooks in {total_s / 60:.1f} min")
     return 1 if failed else 0

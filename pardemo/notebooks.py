@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ DROPPED += [
     f"cell.metadata.{key}"
     for key in ("papermill", "execution", "ExecuteTime", "collapsed", "lines_to_next_cell")
 ]
+
+
+LOCAL = re.compile(
+    r"(?<![\w.:/<~])/(?:home|root|tmp|Users|work|opt|usr|var|mnt|workspace)/\w"
+    r"|site-packages/\w+/\w+/\w+/"
+)
+STRAY = re.compile(r"\w*Warning: |TCP without encryption")
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 class NotebookFailed(RuntimeError):
@@ -131,26 +140,63 @@ def execute(
             ) from error
 
 
-def refresh(path: Path, mock: bool = False, timeout_s: float = TIMEOUT_S) -> None:
-    """Execute a notebook in place and normalise it; on failure the file stays untouched.
+def refresh(path: Path, mock: bool = False, timeout_s: float = TIMEOUT_S) -> float:
+    """Execute a notebook in place and normalise it; returns the seconds that its cells took.
 
-    `mock` runs it with the smaller values of the tests and keeps the file as it is.
+    On any failure, or when stopped, the file stays as it was; what may not be stored (an error, a
+    stray warning, a path of this machine) is a failure too: NotebookFailed names it. `mock` runs
+    the notebook with the smaller values of the tests and never touches the file.
     """
+    began = time.monotonic()
     done = execute(path, given=mocks(path) if mock else None, timeout_s=timeout_s)
+    taken_s = time.monotonic() - began
+    clean = normalise(done)
+    if faults := unfit(clean):
+        raise NotebookFailed(f"{path.name} ran, but cannot be stored: {'; '.join(faults)}")
     if mock:
-        return
+        return taken_s
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".ipynb", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as out:
-            nbformat.write(normalise(done), out)
+            nbformat.write(clean, out)
         os.chmod(name, path.stat().st_mode & 0o777)
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
+    return taken_s
+
+
+def unfit(notebook: NotebookNode) -> list[str]:
+    """Why outputs may not be committed: errors, stray warnings, cells not run, local paths."""
+    found = []
+    for cell in (c for c in notebook.cells if c.cell_type == "code"):
+        where = f"the cell that begins with {_first_line(cell.source)!r}"
+        if cell.source.strip() and cell.execution_count is None:
+            found.append(f"{where} was not run")
+        for output in cell.outputs:
+            said = _said(output)
+            if output.output_type == "error":
+                found.append(f"{where} ended with {output.ename}: {_plain(output.evalue)}")
+            if local := LOCAL.search(said):
+                found.append(f"{where} shows a path of this machine, {local[0]!r}")
+            if stray := STRAY.search(said):
+                at = stray.start()
+                found.append(f"{where} shows a warning, {_first_line(said[at : at + 120])!r}")
+    return found
+
+
+def _said(output: NotebookNode) -> str:
+    """Everything textual in one output."""
+    data = output.get("data", {})
+    texts = [text for kind, text in data.items() if kind.startswith("text/")]
+    return "\n".join("".join(text) for text in [output.get("text", ""), *texts])
 
 
 def normalise(notebook: NotebookNode) -> NotebookNode:
-    """Keep outputs, counts and ids; drop metadata that changes on every run, and local paths."""
+    """Keep outputs, counts and ids; drop metadata that changes on every run, and local paths.
+
+    A widget keeps its text only: its state lives in a kernel, and stored state breaks viewers.
+    """
     try:
         from nbstripout import strip_output
     except ImportError:
@@ -173,8 +219,9 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
 
 
 def _without_paths(output: NotebookNode) -> None:
-    """Replace this machine's folders in an output's text by names that mean the same elsewhere."""
+    """Replace this machine's folders in an output by names that mean the same elsewhere."""
     bundle = output.get("data", {})
+    bundle.pop(WIDGET, None)
     for kind in [kind for kind in bundle if kind.startswith("text/")]:
         bundle[kind] = _anonymous(bundle[kind])
     if "text" in output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,6 +139,43 @@ def test_a_failing_cell_is_named_and_the_file_stays_as_it_was(folder: Path) -> N
     assert [p.name for p in folder.iterdir()] == ["small.ipynb"]
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import warnings; warnings.warn('loud')", "shows a warning, 'UserWarning: loud'"),
+        ("print('/' + 'home/somebody/x')", "shows a path of this machine, '/home/s'"),
+    ],
+)
+def test_what_may_not_be_stored_is_a_failure_and_the_file_stays(
+    folder: Path, source: str, said: str
+) -> None:
+    path = write(folder, "small", source)
+    before = path.read_bytes()
+    with pytest.raises(NotebookFailed, match=re.escape(said)):
+        notebooks.refresh(path)
+    assert path.read_bytes() == before
+
+
+def test_an_error_that_a_tag_let_pass_is_not_stored_either() -> None:
+    cell = nbformat.v4.new_code_cell("1 / 0", execution_count=1)
+    cell.outputs = [nbformat.v4.new_output("error", ename="ZeroDivisionError", evalue="by zero")]
+    skipped = nbformat.v4.new_code_cell("print(2)")
+    found = notebooks.unfit(nbformat.v4.new_notebook(cells=[cell, skipped]))
+    assert [text.split(" '")[1].split("' ")[0] for text in found] == ["1 / 0", "print(2)"]
+    assert "ended with ZeroDivisionError: by zero" in found[0]
+    assert "was not run" in found[1]
+
+
+def test_a_widget_leaves_its_sentence_and_no_state(folder: Path) -> None:
+    path = write(folder, "small", "from pardemo import explore\nexplore.live('ring')")
+    assert notebooks.refresh(path) > 0
+    done = nbformat.read(path, 4)
+    assert "widgets" not in done.metadata
+    (output,) = done.cells[-1].outputs
+    assert list(output.data) == ["text/plain"]
+    assert "run this cell in a live kernel" in output.data["text/plain"]
+
+
 def test_a_killed_kernel_is_a_failure_that_names_the_cell(folder: Path) -> None:
     path = write(folder, "small", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     before = path.read_bytes()
@@ -156,12 +194,12 @@ STOPPED = """
 import sys
 from pathlib import Path
 from pardemo import notebooks
-notebooks.execute(Path(sys.argv[1]))
+notebooks.refresh(Path(sys.argv[1]))
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_when_the_runner_is_stopped_its_kernel_ends_too(
+def test_when_the_runner_is_stopped_its_kernel_ends_and_the_file_is_as_it_was(
     folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     note = tmp_path / "kernel"
@@ -169,11 +207,14 @@ def test_when_the_runner_is_stopped_its_kernel_ends_too(
         folder, "small", f"import os; open({str(note)!r}, 'w').write(str(os.getpid()))",
         "import time; time.sleep(600)",
     )  # fmt: skip
+    before = path.read_bytes()
     runner = subprocess.Popen([sys.executable, "-c", STOPPED, path], stderr=subprocess.DEVNULL)
     kernel = int(wait_for(lambda: note.exists() and note.read_text()))
     os.kill(runner.pid, number)
     runner.wait(timeout=60)
     assert wait_for(lambda: not psutil.pid_exists(kernel)), "the kernel is still there"
+    assert path.read_bytes() == before
+    assert [p.name for p in folder.iterdir()] == ["small.ipynb"]
 
 
 def wait_for(found: Callable[[], object], seconds: float = 60.0) -> Any:
