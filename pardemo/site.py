@@ -1,7 +1,8 @@
-"""`make site`: the course as a static site, from the committed outputs, without network or torch.
+"""`make site`: the course as a static site, from the committed outputs, without a network.
 
 Sphinx with myst-nb and sphinx-book-theme (extra `site`). Nothing is executed: a page shows what the
-notebook's file holds. The explorers are on a page of their own and work without a kernel.
+notebook's file holds. The explorers are on a page of their own and work without a kernel. Formulas
+become MathML, which browsers draw themselves: a page loads nothing from elsewhere.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import nbformat
 
 from pardemo import explore
-from pardemo.explore.static import fragment
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
 project = "pardemo"
-extensions = ["myst_nb"]
+extensions = ["myst_nb", "pardemo.site"]
+html_math_renderer = "mathml"
+myst_enable_extensions = ["dollarmath"]
 html_theme = "sphinx_book_theme"
 html_title = "pardemo"
 html_theme_options = {"use_download_button": False, "use_fullscreen_button": False,
@@ -33,6 +36,35 @@ nb_merge_streams = True
 myst_heading_anchors = 4
 suppress_warnings = ["myst.xref_missing", "mystnb.unknown_mime_type"]
 """
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """The Sphinx extension that `CONFIG` names: formulas as MathML."""
+    app.add_html_math_renderer(
+        "mathml", inline_renderers=(_inline, None), block_renderers=(_block, None)
+    )
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def _inline(writer: Any, node: Any) -> None:
+    _write_math(writer, node, block=False)
+
+
+def _block(writer: Any, node: Any) -> None:
+    _write_math(writer, node, block=True)
+
+
+def _write_math(writer: Any, node: Any, block: bool) -> None:
+    """A formula in the page; one that docutils cannot read ends the build with its TeX."""
+    from docutils import nodes
+    from docutils.utils.math.latex2mathml import tex2mathml
+
+    try:
+        made = tex2mathml(node.astext(), as_block=block)
+    except Exception as error:
+        raise RuntimeError(f"no MathML for {node.astext()!r}: {error}") from error
+    writer.body.append(f'<div class="math">{made}</div>' if block else made)
+    raise nodes.SkipNode
 
 
 def build(output: Path, source: Path | None = None) -> Path:
@@ -63,9 +95,11 @@ def _write_source(work: Path) -> None:
     lessons = _toctree("Lessons", sorted((work / "notebooks").glob("*.ipynb")))
     measured = _toctree("Benchmarks", sorted((work / "benchmarks").glob("*.ipynb")))
     readme = re.sub(r"\]\((\w+\.md|LICENSE)\)", "]", (ROOT / "README.md").read_text())
-    explorers = "```{toctree}\n:hidden:\n\nexplorers\n```\n"
+    chinese = (ROOT / "README.zh.md").read_text().replace("](README.md)", "](index.md)")
+    (work / "README.zh.md").write_text(chinese)
+    explorers = "```{toctree}\n:hidden:\n\nexplorers\n中文 <README.zh>\n```\n"
     (work / "index.md").write_text(f"{readme}\n{explorers}\n{lessons}\n{measured}")
-    pieces = [f"```{{raw}} html\n{fragment(explore.get(name))}```\n" for name in explore.names()]
+    pieces = [f"```{{raw}} html\n{explore.fragment(name)}```\n" for name in explore.names()]
     intro = "# Explorers\n\nMove a slider; every number was computed by the package beforehand.\n"
     (work / "explorers.md").write_text("\n".join([intro, *pieces]))
 
