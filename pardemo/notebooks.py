@@ -2,7 +2,8 @@
 
 This is the only module that calls papermill. Facts it works around (papermill 2.7, ipykernel 7.4):
 unknown parameters are only warned of; a killed kernel leaves its cells marked "completed"; a
-stopped kernel hangs; every kernel prints a warning about TCP although it listens on loopback only.
+stopped kernel hangs; what a killed kernel started goes on; every kernel prints a warning about TCP
+although it listens on loopback only.
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ def execute(
                 execution_timeout=timeout_s,
                 autosave_cell_every=2,
                 extra_arguments=QUIET_KERNEL,
+                kernel_manager_class=_kept(),
             )
         except papermill.PapermillExecutionError as error:
             raise NotebookFailed(
@@ -234,6 +236,18 @@ def _anonymous(text: str) -> str:
     for folder, name in ((ROOT, "."), (Path(sys.prefix), "<venv>"), (Path.home(), "~")):
         text = text.replace(f"{folder}/", f"{name}/").replace("././", "./")
     return text
+
+
+def _kept() -> Any:
+    """The class that starts a kernel under keeper.py: what it started ends with it."""
+    from jupyter_client import AsyncKernelManager
+
+    class Kept(AsyncKernelManager):
+        def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
+            keeper = [sys.executable, "-I", "-S", str(Path(__file__).with_name("keeper.py"))]
+            return keeper + super().format_kernel_cmd(extra_arguments)
+
+    return Kept
 
 
 def _untyped(entry: Mapping[str, Any]) -> bool:

@@ -1,0 +1,78 @@
+"""Between a runner and its kernel, so that nothing a notebook started outlives either of them.
+
+`python keeper.py COMMAND...` runs the kernel and adopts every orphan below it (child subreaper).
+When the kernel ends, however it ends, all that is left is killed; when the runner ends, killed or
+not, the kernel is killed too. Run by its path, so that it starts without importing torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import NoReturn
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+END_S = 10.0
+
+
+def main(command: list[str]) -> int:
+    """Run `command`; returns its exit status, 128 + the signal for one that was killed."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGINT, lambda *_: None)  # an interrupt is for the kernel, beside us
+    runner = os.environ.get("JPY_PARENT_PID", "")
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if runner and os.getppid() != int(runner):
+        return 1  # the runner ended before it could be watched
+    try:
+        kernel = subprocess.Popen(
+            command, env={**os.environ, "JPY_PARENT_PID": str(os.getpid())}, close_fds=False
+        )
+        while True:
+            pid, status = os.wait()  # the kernel, or an orphan that came to us
+            if pid == kernel.pid:
+                code = os.waitstatus_to_exitcode(status)
+                return code if code >= 0 else 128 - code
+    finally:
+        end_children()
+
+
+def _leave(*_: object) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def end_children() -> None:
+    """Kill every child, and theirs as they come to us, until there is none."""
+    until = time.monotonic() + END_S
+    while time.monotonic() < until:
+        for pid in children():
+            os.kill(pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.01)
+
+
+def children() -> list[int]:
+    """The processes whose parent this one is."""
+    found = []
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
+                fields = file.read().rsplit(")", 1)[1].split()
+        except OSError:
+            continue  # ended meanwhile
+        if int(fields[1]) == os.getpid():
+            found.append(int(name))
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
