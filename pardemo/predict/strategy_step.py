@@ -61,7 +61,7 @@ def transfer_seconds(sent: SentBytes, ranks: int, nodes: int, profile: Profile) 
     out = []
     for m in sent.messages:
         each = m.payload_bytes / m.calls
-        group = 2 if m.kind in ("send", "recv") else ranks
+        group = 2 if m.kind in ("send", "recv") else m.ranks or ranks
         one, evidence = curves.time(m.kind, group, nodes, each)
         formula = f"{m.calls} x {m.kind} of {human(each, 'bytes')}"
         out.append(Term(f"{m.axis} {m.kind}", formula, m.calls * one, "s", evidence))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pardemo.machine import Machine
 
 from .table import ALL, ONE, Row, Table
@@ -80,10 +82,11 @@ def _facts(table: Table) -> list[str]:
 
 def _untrusted(table: Table) -> list[str]:
     """Times that rank nothing: why, and what they were."""
-    reasons = dict.fromkeys(
-        warning.partition("IQR/median ")[0] if "IQR/median" in warning else warning
-        for row in table.timed for warning in (row.step.warnings if row.step else ())
-    )  # fmt: skip
+    kinds: dict[str, str] = {}  # one of each kind: they differ only in their numbers
+    for row in table.timed:
+        for warning in row.step.warnings if row.step else ():
+            kinds.setdefault(re.sub(r"[\d.]+", "", warning), warning)
+    reasons = list(kinds.values())
     times = ", ".join(
         f"{row.name} {_ms(row)} ({row.step.lo_s * 1e3:.3g}-{row.step.hi_s * 1e3:.3g})"
         for row in table.timed if row.step is not None
