@@ -12,16 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from pardemo import predict
 from pardemo.launch import Ranks
 from pardemo.measure import Case, calibrate, compare
-from pardemo.predict import Prediction, Profile, ProfileError, load
+from pardemo.predict import Prediction, Profile, ProfileError, Term, load
+from pardemo.predict.strategy_step import wrapper_terms
 from pardemo.strategies.base import call, to_device
 from pardemo.workloads import Workload
 
-from .forms import Scene, closed_form
+from .forms import Scene, closed_form, sharded_knobs
 
 CHAINS = ("model_parallel", "pipeline")
 MESHES = ("dp_tp", "fsdp_tp", "dp_pp", "tp_pp", "dp_pp_tp")
@@ -68,7 +70,7 @@ class Parts:
 
 def measure_parts(scene: Scene, names: Sequence[str], ranks: Ranks, budget_s: float) -> Parts:
     """Time the parts that the predictions of `names` need, interleaved, without any transfer."""
-    sizes = sorted({share(scene, name) for name in names})
+    sizes = sorted({size for name in names for size in sizes_needed(scene, name)})
     cases = {f"{size} samples": Case(Part(scene.work, size), ranks=scene.ranks) for size in sizes}
     cases["optimizer"] = Case(Part(scene.work, 0), ranks=scene.ranks)
     found = compare(cases, ranks=ranks, rounds=6, max_rounds=12, budget_s=budget_s)
@@ -96,6 +98,65 @@ def share(scene: Scene, name: str) -> int:
     return -(-scene.batch_size // scene.ranks)
 
 
+def sizes_needed(scene: Scene, name: str) -> set[int]:
+    """The sizes at which one process is timed for this prediction."""
+    part = -(-scene.batch_size // scene.ranks)
+    if name == "context":
+        return {part}
+    return {share(scene, name), part} if name == "tensor" else {share(scene, name)}
+
+
+def alone_s(name: str, scene: Scene, parts: Parts) -> float:
+    """Seconds that one rank computes at a time, nothing exchanged.
+
+    Context parallel: as many tokens as in its share of the samples. Tensor parallel: the operators
+    of the whole batch, but only the share of the work that is cut becomes 1/n; the straight line
+    through two sizes holds both, what an operator costs to launch and what it costs to run.
+    """
+    part = -(-scene.batch_size // scene.ranks)
+    if name == "context":
+        return parts.by_size[part]
+    whole = parts.by_size[share(scene, name)]
+    if name != "tensor":
+        return whole
+    cut = cut_share(scene)
+    return parts.by_size[part] * cut + whole * (1 - cut)
+
+
+def cut_share(scene: Scene) -> float:
+    """Share of a transformer's FLOPs that tensor parallelism cuts: all but the head's."""
+    config: Any = getattr(scene.model, "config", None)
+    if not hasattr(config, "n_layer"):
+        return 1.0
+    head = config.vocab_size * config.n_embd
+    weights = sum(m.weight.numel() for m in scene.model.modules() if isinstance(m, nn.Linear))
+    scores = 2 * config.n_layer * config.block_size * config.n_embd
+    return 1 - head / max(weights + scores, head)
+
+
+def additions(name: str, scene: Scene, profile: Profile) -> list[Term]:
+    """What the strategy's own machinery costs on each rank, from calibrated constants."""
+    config: Any = getattr(scene.model, "config", None)
+    if name == "tensor" and hasattr(config, "n_layer"):
+        linears = sum(isinstance(m, nn.Linear) for m in scene.model.modules()) - 1
+        return wrapper_terms(profile, split_linears=linears)
+    if name == "fsdp":
+        known = sharded_knobs(scene, scene.ranks)
+        # out of each gather, and into each reduce-scatter
+        copied = (3 * known["parameters"] - known["root"]) * scene.element_bytes
+        return wrapper_terms(profile, units=known["units"], copied_bytes=copied)
+    if name == "context" and hasattr(config, "n_layer"):
+        length = config.block_size
+        flops = 4.0 * scene.batch_size * config.n_embd * length * length / scene.ranks
+        terms = wrapper_terms(profile, ring_flops=flops, ring_blocks=scene.ranks)
+        layers = config.n_layer
+        return [
+            dataclasses.replace(t, value=t.value * layers, formula=f"{layers} layers x {t.formula}")
+            for t in terms
+        ]
+    return []
+
+
 def predicted(
     name: str, scene: Scene, parts: Parts, profile: Profile, cores: int
 ) -> Prediction | str:
@@ -107,14 +168,15 @@ def predicted(
         return f"{name}: no closed form of its transfer for this model, so no prediction"
     size = share(scene, name)
     times = scene.batch_size // size if name == "pipeline" else 1
-    alone = parts.by_size[size]
-    spread = scene.ranks if name not in (*WHOLE_BATCH, *CHAINS) else 1
+    alone = alone_s(name, scene, parts)
+    by_rank = name in ("tensor", "context")  # seconds of one rank already
+    spread = scene.ranks if by_rank or name not in (*WHOLE_BATCH, *CHAINS) else 1
     held = scene.elements / (scene.ranks if name in SHARDED else 1)
     known = dataclasses.replace(
         profile,
         optimizer={"name": "measured", "seconds_per_parameter": parts.optimizer_s / scene.elements,
                    "fixed_s": 0.0},
-        launch={},  # the parts contain what it costs to launch them
+        launch={},  # the parts contain what launching costs; wrappers are terms of their own
     )  # fmt: skip
     knobs: dict[str, Any] = {"microbatches": times} if name in CHAINS else {}
     if name in CHAINS:
@@ -126,7 +188,8 @@ def predicted(
     try:
         found = predict.step(
             name, profile=known, ranks=scene.ranks, compute_s=alone * times * spread, sent=sent,
-            parameters=held, oversubscribed=max(1.0, scene.ranks / cores), **knobs,
+            parameters=held, oversubscribed=max(1.0, scene.ranks / cores),
+            extra=additions(name, scene, profile), **knobs,
         )  # fmt: skip
     except (predict.Refused, ProfileError) as error:
         return f"{name}: no prediction: {error}"

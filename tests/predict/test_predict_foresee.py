@@ -1,0 +1,53 @@
+"""The suite's predictions: what of one process's work a rank keeps, and what a strategy adds."""
+
+from __future__ import annotations
+
+import pytest
+
+from pardemo import predict
+from pardemo.suite.foresee import Parts, additions, alone_s, cut_share, sizes_needed
+from pardemo.suite.scene import Scene
+from pardemo.workloads import workload
+
+SCENE = Scene(workload("gpt-mini"), 2, 16)
+PARTS = Parts({16: 1.0, 8: 0.6}, 0.1)
+
+
+def _machine() -> predict.Profile:
+    rows = [
+        {"kind": kind, "flops": f, "forward_s": f / rate, "backward_s": 2 * f / rate}
+        for kind, rate in (("attention", 1e10), ("scores", 2e9))
+        for f in (1e5, 1e9)
+    ]
+    return predict.load(
+        {
+            "schema": predict.SCHEMA, "name": "test", "date": "2026-01-01", "source": "made up",
+            "per_node": 2, "memory_bytes": 1e9, "peak_flops": {"float32": 1e9}, "compute": rows,
+            "memory_bandwidth": 1e10, "launch": {"dtensor_s": 2e-4, "fsdp_s": 1e-3},
+        }
+    )  # fmt: skip
+
+
+def test_tensor_parallel_cuts_all_but_the_head_and_launches_every_operator():
+    cut = cut_share(SCENE)
+    assert 0.8 < cut < 1
+    # 0.2 s to launch and 0.8 s of work: cut/2 of the work stays, the rest is whole
+    assert alone_s("tensor", SCENE, PARTS) == pytest.approx(0.2 + 0.8 * (1 - cut / 2))
+    assert sizes_needed(SCENE, "tensor") == {8, 16}
+
+
+def test_context_parallel_computes_as_many_tokens_as_half_the_samples():
+    assert alone_s("context", SCENE, PARTS) == 0.6
+    assert sizes_needed(SCENE, "context") == {8}
+
+
+def test_what_a_strategy_adds_is_named_and_the_others_add_nothing():
+    config = SCENE.model.config
+    (tensor,) = additions("tensor", SCENE, _machine())
+    linears = 6 * config.n_layer  # wq, wk, wv, wo and two of the feed-forward
+    assert tensor.value == pytest.approx(linears * 2e-4)
+    assert {t.name for t in additions("fsdp", SCENE, _machine())} == {"units", "copies"}
+    (ring,) = additions("context", SCENE, _machine())
+    flops = config.n_layer * 4 * 16 * config.n_embd * config.block_size**2 / 2
+    assert ring.value == pytest.approx(3 * flops * (1 / 2e9 - 1 / 1e10), rel=1e-3)
+    assert additions("ddp", SCENE, _machine()) == []
