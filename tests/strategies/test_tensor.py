@@ -65,7 +65,7 @@ def test_one_rank_trains_as_one_process_does() -> None:
 def test_clipping_uses_the_norm_of_the_full_gradient(ranks2: Ranks, knobs: dict[str, Any]) -> None:
     clipped = ranks2(train, unusual.mini_gpt(), "tensor", {"clip_grad": 0.05, **knobs})
     alone = train(unusual.mini_gpt(), "single", {"clip_grad": 0.05})
-    assert check.same(list(clipped), alone, 1e-5)
+    assert check.same(list(clipped), alone)  # float32
     assert not check.same(train(unusual.mini_gpt(), "single", {}), alone, 1e-3)
 
 
