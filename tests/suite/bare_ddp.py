@@ -6,8 +6,6 @@ Plain torch and multiprocessing. Prints one JSON line with the median seconds of
 all interleaved in shuffled rounds; a step's time is that of the slowest rank.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import sys
