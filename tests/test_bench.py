@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -179,3 +181,20 @@ def test_a_report_of_strategies_holds_the_explorers_and_still_needs_nothing(tmp_
     assert not re.search(r'(?:src|href)="(?!#|data:)', whole)
     assert len(whole) < 1_000_000
     assert bench._explorers(["collectives"]) == ()
+
+
+def test_a_benchmark_runs_under_papermills_own_command_too(root: Path) -> None:
+    tiny, out = root / "benchmarks" / "tiny.ipynb", root / "out.ipynb"
+    nbformat.write(notebooks.read(tiny), tiny)  # with a kernel's name, as every stored one has
+    command = [sys.executable, "-m", "papermill"]
+    told = subprocess.run(
+        [*command, "--help-notebook", str(tiny)], capture_output=True, text=True, timeout=120
+    )
+    assert "size: int (default 3)" in told.stdout
+    assert "how large" in told.stdout
+    given = ["-p", "size", "7", "-y", "names: b", "--no-progress-bar"]
+    done = subprocess.run(
+        [*command, str(tiny), str(out), *given], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "size 7" in str(nbformat.read(out, 4))
