@@ -35,7 +35,7 @@ DROPPED += [
 
 
 LOCAL = re.compile(
-    r"(?<![\w.:/<~])/(?:home|root|tmp|Users|work|opt|usr|var|mnt|workspace)/\w"
+    r"(?<![\w.:/<~])/(?:home|root|tmp|Users|opt|usr|var|mnt|workspace)/\w"
     r"|site-packages/\w+/\w+/\w+/"
 )
 STRAY = re.compile(r"\w*Warning: |TCP without encryption")
