@@ -165,7 +165,7 @@ def fsdp(
     again, calls = 0.0, 0
     if reshard_after_forward:
         again = parameters if regather_root else parameters - root
-        calls = units if regather_root or not root else units - 1
+        calls = units if regather_root or not root else max(1, units - 1)
     text = "(n-1)/n b m " + ("P" if regather_root else "(P - P_root)")
     rb = reduce_bytes_per_element or bytes_per_element
     times = m if sync_every_microbatch else 1

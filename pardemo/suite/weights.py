@@ -123,13 +123,17 @@ def _bytes(shapes: Shapes) -> float:
 
 
 def _gathered(name: str, scene: Scene, ranks: int) -> float:
-    """What fully sharded training holds whole while it computes: the root and one unit."""
+    """What fully sharded training holds whole at its fullest moment, in a unit's backward.
+
+    The root's parameters, and four times a unit: its parameters, those of the next one gathered
+    ahead, its gradients, and their copy in the order in which they are reduced.
+    """
     if name not in SHARDED or ranks == 1:
         return 0.0
     units = [sum(p.numel() for p in unit.parameters()) for _, unit in fsdp.units(scene.model)]
     root = fsdp.root_parameters(scene.model)
     tensor = scene.degrees(name).get("tp", 1)
-    return float((root + max(units, default=0)) * scene.element_bytes / tensor)
+    return float((root + 4 * max(units, default=0)) * scene.element_bytes / tensor)
 
 
 def activations(name: str, scene: Scene, rank: int, ranks: int, module: nn.Module) -> float | None:

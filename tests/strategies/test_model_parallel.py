@@ -137,7 +137,12 @@ def fits(model: nn.Module, devices: int) -> list[str]:
 def test_models_that_cannot_be_cut_are_refused_with_what_to_do() -> None:
     assert fits(workload("mlp").make_model(0), 4) == []
     assert "cannot cut 4 pieces into 5 stages" in fits(workload("mlp").make_model(0), 5)[0]
-    assert "Give it a method `sequence()`" in fits(unusual.Plain(), 2)[0]
+    assert fits(unusual.Plain(), 2) == []  # over ranks it is traced
+    work = unusual.plain_transformer()
+    with pytest.raises(strategies.StrategyError, match=r"Give it a method `sequence\(\)`"):
+        strategies.get(ROW).build(
+            work.make_model(0), work.make_optimizer, work.loss, None, where="devices"
+        )
 
     class Leaky(nn.Sequential):
         def __init__(self) -> None:
