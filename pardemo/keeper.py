@@ -43,6 +43,8 @@ def main(command: list[str]) -> int:
 
 
 def _leave(*_: object) -> NoReturn:
+    """Once only: as a runner of many threads dies, the signal comes for each thread that does."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise SystemExit(128 + signal.SIGTERM)
 
 

@@ -75,7 +75,7 @@ def test_a_job_that_fails_is_never_completed(slurm: Slurm, tmp_path: Path) -> No
 
 
 BENCH = [
-    "-m", "pardemo", "bench", "collectives", "-p", "kinds", "send", "-p", "largest", "4096",
+    "-m", "pardemo", "bench", "collectives", "-p", "kinds", "send", "-p", "largest", "32768",
     "-p", "rounds", "2", "-p", "seconds", "1", "-p", "pipelined", "1",
 ]  # fmt: skip
 

@@ -23,7 +23,7 @@ ENVIRONMENT = {**os.environ, **torchrun.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
 SMALL = ["-p", "model", "mlp", "-p", "batch_size", "16", "-p", "rounds", "2", "-p", "seconds", "1"]
 STRATEGIES = ["strategies", *SMALL, "-p", "anatomy", "false", "-p", "strategies", "ddp"]
 COLLECTIVES = [
-    "collectives", "-p", "kinds", "send", "-p", "largest", "4096", "-p", "rounds", "2", "-p",
+    "collectives", "-p", "kinds", "send", "-p", "largest", "32768", "-p", "rounds", "2", "-p",
     "seconds", "1", "-p", "pipelined", "1",
 ]  # fmt: skip
 
