@@ -2,7 +2,9 @@
 
 A barrier before every sample keeps ranks in step, but gloo's takes as long as a small all-reduce:
 a few percent of a short step. Here each rank counts up in its own line of shared memory and looks
-at the others' until all have come. Ranks of several hosts fall back to the group's barrier.
+at the others' until all have come: first asleep between two looks, because a rank that still works
+needs the cores (its own, and for its messages those of the others), then, when nobody works any
+more, awake, so that all leave together. Ranks of several hosts fall back to the group's barrier.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 LINE = 8  # 64-bit numbers between two ranks' counters: a cache line, so that none is shared
-PATIENCE_S = 2e-3  # how long to look again and again before sleeping between two looks
+PATIENCE_S = 2e-4  # how long to look again and again before sleeping between two looks
 NAP_S = 5e-5
 
 
@@ -44,14 +46,18 @@ class Gate:
             if self._group is not None:
                 dist.barrier(self._group)  # moves no data
             return
+        self._gather(0.0)
+        self._gather(PATIENCE_S)
+
+    def _gather(self, awake_s: float) -> None:
+        """Count up, and wait for the others; after `awake_s` with naps between two looks."""
         self._count += 1
         self._seen[self._mine] = self._count
         since = 0.0
         for other in self._others:
             while self._seen[other] < self._count:
-                os.sched_yield()  # a rank without a core of its own lets the others run
                 since = since or time.perf_counter()
-                if time.perf_counter() - since > PATIENCE_S:
+                if time.perf_counter() - since >= awake_s:
                     time.sleep(NAP_S)
 
     def close(self) -> None:
