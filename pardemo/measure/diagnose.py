@@ -206,7 +206,7 @@ def _one_bucket(run: Run) -> Finding | None:
 
 def _tiny_batch(run: Run) -> Finding | None:
     own, transfer = float(run.median("own_s").max()), _transfer(run)
-    known = (_no_sync, _tiny_buckets)
+    known = (_no_sync, _tiny_buckets, _wrong_interface)
     if transfer < 0.5 * own or transfer < 0.25 * run.step_s or any(check(run) for check in known):
         return None
     if _has_point_to_point(run):  # its waiting is a bubble, and more samples are not the remedy
