@@ -44,7 +44,8 @@ def dots(
             text += f" (predicted {line:.3g} {unit}, {line / middle - 1:+.0%})"
         said.append(text)
     labels = [name.replace(", ", ",\n") if len(pools) > 4 else name for name in pools]
-    axes.set_xticks(range(len(pools)), labels)
+    turned: dict[str, Any] = {"rotation": 30, "ha": "right"} if len(pools) > 7 else {}
+    axes.set_xticks(range(len(pools)), labels, **turned)
     axes.set_xlim(-0.6, len(pools) - 0.4)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"one step [{unit}]")
