@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 from jupyter_client.manager import KernelManager
 
+from tests.faults.harness import alive as alive
+
 
 @dataclass
 class Reply:
@@ -101,16 +103,6 @@ class Kernel:
         with contextlib.suppress(RuntimeError):
             self.client.stop_channels()
         self.manager.shutdown_kernel(now=True)
-
-
-def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run; a dead one that nobody has waited for counts as dead."""
-    found = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
 
 
 def kill_hard(kernel: Kernel) -> list[psutil.Process]:
