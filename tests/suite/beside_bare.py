@@ -1,30 +1,32 @@
-"""By hand, on a quiet machine: pardemo's speed-up and exposed transfer beside a bare script's.
+"""By hand, on a quiet machine: pardemo's speed-up and exposed transfer beside a bare loop's.
 
     python tests/suite/beside_bare.py [ROUNDS]
 
-Every round runs bare_ddp.py, which knows nothing of pardemo, and pardemo's own measurement of the
-same model, one after the other. Prints both and exits with 1 where the speed-ups differ by more
-than 2 %, or the exposed shares of a step by more than two points.
+Every round runs, in shuffled order and in the same two processes, the loops of bare_ddp.py, which
+knows nothing of pardemo, and pardemo's own samples of the same model: one process, DDP, and DDP
+without its transfer (a hook that sends nothing there, the silenced step of decompose() here).
+Prints the medians, the ratio of both speed-ups with its 95 % interval, and exits with 1 where that
+interval excludes a difference of 2 %, or that of the lost shares two points.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-import subprocess
+import random
 import sys
-from pathlib import Path
 
 import bare_ddp
+import numpy as np
 import torch
+import torch.distributed as dist
 
-from pardemo.launch import Ranks
-from pardemo.measure import Case, compare, decompose
-from pardemo.suite import inside
+from pardemo.launch import launch
+from pardemo.measure import Case, inside
+from pardemo.measure.anatomy import _silenced
+from pardemo.suite.inside import Maker
 from pardemo.workloads import Workload, sgd
 
-HERE = Path(__file__).parent
-SPEEDUP, SHARE = 0.02, 0.02
+NAMES = ("single", "ddp", "noop")
+TOLERANCE = 0.02
 
 
 def make_model(seed: int) -> torch.nn.Module:
@@ -39,44 +41,65 @@ def optimizer(parameters: object) -> torch.optim.Optimizer:
     return sgd(parameters, lr=0.01)  # type: ignore[arg-type]
 
 
-def ours(ranks: Ranks) -> tuple[float, float]:
-    """(speed-up of ddp over one process, exposed share of a ddp step) by pardemo."""
+def cases() -> dict[str, Case]:
+    """The same three as the bare loops, as pardemo measures them."""
     loss = torch.nn.functional.cross_entropy
     work = Workload("bare", make_model, make_batch, loss, optimizer, bare_ddp.BATCH)
-    single = Case(inside.Maker("single", work, bare_ddp.BATCH), ranks=1)
-    ddp = Case(inside.Maker("ddp", work, bare_ddp.BATCH), ranks=2, mesh={"dp": 2}, label="ddp")
-    found = compare({"single": single, "ddp": ddp}, ranks=ranks, rounds=12, budget_s=20)
-    parts = decompose(ddp, ranks=ranks, rounds=12, budget_s=20)
-    step_s = found["ddp"].median_s
-    return found["single"].median_s / step_s, parts.exposed_s / step_s
+    ddp = Maker("ddp", work, bare_ddp.BATCH)
+    return {
+        "single": Case(Maker("single", work, bare_ddp.BATCH), ranks=1),
+        "ddp": Case(ddp, ranks=2),
+        "noop": Case(_silenced(ddp), ranks=2),
+    }
 
 
-def bare() -> tuple[float, float]:
-    """The same from a script without pardemo."""
-    command = [sys.executable, str(HERE / "bare_ddp.py"), "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-    told = json.loads(done.stdout.splitlines()[-1])
-    return told["single"] / told["ddp"], (told["ddp"] - told["noop"]) / told["ddp"]
+def measure(rounds: int) -> dict[str, list[float]]:
+    """On every rank: the median or mean seconds of a step per round, of both harnesses."""
+    torch.set_num_threads(1)
+    steps = bare_ddp.steps(dist.get_rank(), 2)
+    inside.prepare("beside", cases(), bare_ddp.WARM, True)
+    order = random.Random(0)
+    both = [(who, name) for who in ("pardemo", "bare") for name in NAMES]
+    found: dict[str, list[float]] = {f"{who} {name}": [] for who, name in both}
+    counts = dict.fromkeys(NAMES, bare_ddp.STEPS)
+    for _ in range(rounds):
+        for who, name in order.sample(both, len(both)):
+            dist.barrier()
+            if who == "bare":
+                took = bare_ddp.block(steps, name, dist.get_rank())
+            else:
+                taken = inside.run_round("beside", [name], counts, bare_ddp.WARM).get(name)
+                took = float(np.median(taken.timed.wall_s)) if taken else 0.0
+            slowest = torch.tensor(took, dtype=torch.float64)
+            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+            found[f"{who} {name}"].append(float(slowest))
+    inside.finish("beside")
+    return found
 
 
 def main(rounds: int) -> int:
-    """Interleave both, print every round and the medians; 0 when they agree."""
-    pairs = []
-    with Ranks(2, timeout=300, echo=False) as ranks:
-        for number in range(rounds):
-            both = (ours(ranks), bare()) if number % 2 else (bare(), ours(ranks))[::-1]
-            pairs.append(both)
-            (us, our_share), (them, their_share) = both
-            print(
-                f"round {number + 1}: speed-up pardemo {us:.3f}, bare {them:.3f}; "
-                f"exposed pardemo {our_share:.1%}, bare {their_share:.1%}",
-                flush=True,
-            )
-    speed = statistics.median(us / them for (us, _), (them, _) in pairs) - 1
-    share = statistics.median(our - their for (_, our), (_, their) in pairs)
-    print(f"median: speed-up differs by {speed:+.1%}, exposed share by {100 * share:+.1f} points")
-    return int(abs(speed) > SPEEDUP or abs(share) > SHARE)
+    """Measure, print, judge."""
+    times = {k: np.array(v) for k, v in launch(measure, rounds, nprocs=2, timeout=3000)[0].items()}
+    for name, found in times.items():
+        print(f"{name:16} {np.median(found) * 1e3:7.3f} ms")
+
+    def differ(pick: np.ndarray) -> tuple[float, float]:
+        mid = {name: float(np.median(found[pick])) for name, found in times.items()}
+        us, them = (mid[f"{who} single"] / mid[f"{who} ddp"] for who in ("pardemo", "bare"))
+        ours, theirs = (1 - mid[f"{who} noop"] / mid[f"{who} ddp"] for who in ("pardemo", "bare"))
+        return us / them - 1, ours - theirs
+
+    rng = np.random.default_rng(0)
+    resampled = np.array([differ(rng.integers(0, rounds, rounds)) for _ in range(2000)])
+    worst = 0
+    for what, value, drawn in zip(
+        ("speed-up", "lost share"), differ(np.arange(rounds)), resampled.T, strict=True
+    ):
+        lo, hi = np.percentile(drawn, (2.5, 97.5))
+        print(f"{what} differs by {value:+.1%} (95 % interval {lo:+.1%} to {hi:+.1%})")
+        worst |= int(lo > TOLERANCE or hi < -TOLERANCE)
+    return worst
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 5))
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 150))
