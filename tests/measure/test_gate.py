@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 
@@ -34,6 +35,21 @@ def test_nobody_passes_before_the_last_has_come(ranks2):
 def test_it_leaves_no_file_behind(ranks2):
     list(ranks2(lambda: Gate(dist.group.WORLD).close()))
     assert [name for name in os.listdir("/dev/shm") if name.startswith("pardemo-gate-")] == []
+
+
+def slack():
+    def now() -> int:
+        return ctypes.CDLL(None).prctl(30, 0, 0, 0, 0)  # PR_GET_TIMERSLACK
+
+    before, gate = now(), Gate(dist.group.WORLD)
+    inside = now()
+    gate.close()
+    return before, inside, now()
+
+
+def test_naps_end_on_time_while_it_is_open(ranks2):
+    for before, inside, after in ranks2(slack):
+        assert (inside, after) == (1, before)
 
 
 def apart():
