@@ -104,4 +104,5 @@ def timing(store: Store, case: CaseRow, label: str = "") -> Timing | None:
         made,
         status=values.get("status", made.status),
         warnings=tuple(values.get("warnings", made.warnings)),
+        taken=values.get("taken"),
     )

@@ -177,5 +177,5 @@ def _values(point: Point) -> dict[str, Any]:
         "strategy": point.name, "ranks": point.ranks, "threads": point.threads,
         "batch_size": point.batch_size, "oversubscribed": point.oversubscribed,
         "step_s": point.step.median_s, "status": point.step.status, "speedup": point.speedup,
-        "warnings": list(point.step.warnings),
+        "warnings": list(point.step.warnings), "taken": point.step.taken,
     }  # fmt: skip

@@ -159,6 +159,7 @@ class Row:
         if self.step is not None:
             plain |= {"lo_s": self.step.lo_s, "hi_s": self.step.hi_s}
             plain |= {"rounds": self.step.rounds, "warnings": list(self.step.warnings)}
+            plain |= {"taken": self.step.taken}
         for name in ("vs_one", "vs_all"):
             ratio = getattr(self, name)
             plain[name] = None if ratio is None else repr(ratio)

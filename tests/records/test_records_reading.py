@@ -61,6 +61,16 @@ def test_a_contaminated_cell_is_never_a_regression(store: Store) -> None:
     assert found.regressions(0.0) == []
 
 
+def test_what_others_took_of_the_cores_is_remembered_and_refuses_the_ratio(store: Store) -> None:
+    a = record(store, {"ddp": times(0.1, 0)}, taken=0.02)
+    b = record(store, {"ddp": times(0.2, 1)}, taken=0.4)
+    found = records.compare(store, a, b)
+    (case,) = store.cases(b.id)
+    timing = records.timing(store, case)
+    assert timing is not None and timing.taken == 0.4
+    assert found.cells[0].ratio.verdict == "cannot tell"
+
+
 def test_warm_up_samples_are_kept_but_not_compared(store: Store) -> None:
     warm = [Sample(0, 0, 0, 9.0, "warmup")]
     run = record(store, {"ddp": warm + times(0.1, 0)})
