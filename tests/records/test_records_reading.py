@@ -67,7 +67,8 @@ def test_what_others_took_of_the_cores_is_remembered_and_refuses_the_ratio(store
     found = records.compare(store, a, b)
     (case,) = store.cases(b.id)
     timing = records.timing(store, case)
-    assert timing is not None and timing.taken == 0.4
+    assert timing is not None
+    assert timing.taken == 0.4
     assert found.cells[0].ratio.verdict == "cannot tell"
 
 
