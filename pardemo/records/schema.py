@@ -80,6 +80,29 @@ def connect(path: Path) -> sqlite3.Connection:
         return _open(path)
 
 
+def connect_to_read(path: Path) -> sqlite3.Connection:
+    """Open a results file that may not be written, as it lies there; StoreError where it cannot be.
+
+    Beside a journal that still holds rows, SQLite needs a folder it may write to.
+    """
+    for how in ("mode=ro", "mode=ro&immutable=1"):
+        journal = path.with_name(path.name + "-wal")
+        if "immutable" in how and journal.exists() and journal.stat().st_size:
+            break
+        db = sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True, isolation_level=None)
+        try:
+            _check(db, path)
+        except sqlite3.DatabaseError as error:
+            db.close()
+            last = error
+        except BaseException:
+            db.close()
+            raise
+        else:
+            return db
+    raise StoreError(f"{path} cannot be read: {last}; copy it to a folder of yours and try again")
+
+
 def set_aside(path: Path) -> Path:
     """Rename a damaged file and its journals; nothing is ever deleted."""
     stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"

@@ -108,12 +108,18 @@ class Run:
 
 
 class Store:
-    """One results file. Only the parent process writes to it; ranks send their numbers up."""
+    """One results file. Only the parent process writes to it; ranks send their numbers up.
+
+    A file that may not be written (another user's, a read-only disk) can still be read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.db = schema.connect(path)
         self.bad: list[str] = []  # rows whose sha256 does not fit their content
+        if path.is_file() and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
+            self.db = schema.connect_to_read(path)
+            return
+        self.db = schema.connect(path)
         self._mark_lost()
 
     def close(self) -> None:

@@ -154,6 +154,24 @@ def test_a_full_disk_is_named_and_earlier_rows_stay(path: Path) -> None:
     assert [case.name for case in records.open(path).cases(run.id)] == ["small", "big"]
 
 
+def test_a_file_that_may_not_be_written_is_read_and_refuses_to_be_added_to(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For root, whom no permission stops: the answer of os.access is what another user gets."""
+    store = records.open(path)
+    run = store.begin("strategies")
+    run.add("small", {"step_s": 1.0}, TIMES)
+    store.close()
+    before = path.read_bytes()
+    monkeypatch.setattr("pardemo.records.store.os.access", lambda *_: False)
+    reader = records.open(path)
+    assert [case.name for case in reader.cases(reader.find("last").id)] == ["small"]
+    with pytest.raises(records.StoreError, match=r"pardemo\.sqlite cannot be written.*permissions"):
+        reader.begin("strategies")
+    reader.close()
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "zeroed page"])
 def test_a_damaged_file_is_set_aside_never_deleted(path: Path, damage: str) -> None:
     store = records.open(path)
