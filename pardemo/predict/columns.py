@@ -6,6 +6,7 @@ objects; `score` makes it from tables, `layouts` from grids.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,26 +59,49 @@ def finish(c: Columns, per_node: float | np.ndarray = 8, nodes: int | None = Non
 
 
 def stage_split(c: Columns) -> Columns:
-    """Layers on the first and the last stage when stages are balanced by cost, head counted.
+    """Layers of the first stage, the last, and the fullest but the last; stages left empty.
 
-    A head of V h weights costs as much as V h / active weights of a layer. `empty` counts stages
-    that would be left without any parameter: the layout cannot run.
+    Even by count, or by nanotron's thresholds where the column `balanced` is set (`by_cost`). A
+    stage is empty when it holds neither a layer nor the head.
     """
     pp, layers = c["pp"], c["layers"]
-    head = c["table_p"] / c["active_p"]
-    even = np.ceil(layers / pp)
-    share = (layers + head) / pp
-    last = np.clip(np.round(share - head), 0.0, layers)
-    first = np.ceil((layers - last) / np.maximum(pp - 1, 1))
-    balanced = c.get("balanced", np.zeros_like(pp)) > 0
-    first = np.where(pp > 1, np.where(balanced, first, even), layers)
-    last = np.where(pp > 1, np.where(balanced, last, np.floor(layers / pp)), layers)
-    filled = np.where(balanced, np.ceil(layers / share) + 1, layers)
-    return {
-        "first_layers": first,
-        "last_layers": last,
-        "empty_stages": np.where(pp > 1, np.maximum(pp - filled, 0.0), 0.0),
-    }
+    first = np.where(pp > 1, np.ceil(layers / pp), layers)
+    last = np.where(pp > 1, np.floor(layers / pp), layers)
+    out = {"first_layers": first, "last_layers": last, "inner_layers": first.copy()}
+    out["empty_stages"] = np.maximum(pp - layers, 0.0)
+    head = np.round(c["table_p"] / c["active_p"], 6)
+    for i in np.flatnonzero((c.get("balanced", 0 * pp) > 0) & (pp > 1)):
+        stages, with_head = by_cost(int(layers[i]), float(head[i]), int(pp[i]))
+        out["first_layers"][i], out["last_layers"][i] = stages[0], stages[with_head]
+        out["inner_layers"][i] = stages[:with_head].max(initial=0)
+        out["empty_stages"][i] = np.count_nonzero(stages == 0) - (stages[with_head] == 0)
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def by_cost(layers: int, head: float, pp: int) -> tuple[np.ndarray, int]:
+    """(layers on each stage, the stage of the head) by nanotron's rule; a layer costs 1.
+
+    Blocks are dealt out in order; a stage is left when the cost so far passes its share
+    (r + 1)/p of the whole. Source: nanotron, models/base.py, `build_model`.
+    """
+    counts, stage, share = np.zeros(pp), 0, (layers + head) / pp
+    for k in range(1, layers + 1):
+        stage += int(k > share * (stage + 1) and stage < pp - 1)
+        counts[stage] += 1
+    stage += int(layers + head > share * (stage + 1) and stage < pp - 1)
+    return counts, stage
+
+
+def cannot_start(c: Columns) -> np.ndarray:
+    """Layouts with stages that hold no parameter and therefore fail whatever the memory.
+
+    More than one such stage, or one whose unsharded replicas DistributedDataParallel refuses
+    ("not needed when a module doesn't have any parameters"). A lone one computes the loss.
+    """
+    lone = (c["zero"] >= 1) | (c["dp"] == 1)
+    may = (c.get("balanced", 0 * c["pp"]) > 0) & (c["empty_stages"] == 1) & lone
+    return (c["empty_stages"] > 0) & ~may
 
 
 def take(c: Columns, index: np.ndarray | slice) -> Columns:

@@ -89,7 +89,10 @@ def total(c: Columns) -> np.ndarray:
 
 
 def fitted_total(c: Columns, theta: np.ndarray | None = None) -> np.ndarray:
-    """Peak bytes with the constants of `constants.MEMORY` (logs), for calibration on readings."""
+    """Peak bytes with the constants of `constants.MEMORY` (logs), for calibration on readings.
+
+    Activations are those of the fullest stage under the first one's microbatches in flight.
+    """
     t = np.exp(vector(MEMORY) if theta is None else theta)
     state, optimizer, hidden, ffn, replicated, logits, fixed = t
     tokens = c["microbatch"] * c["seq"] / c["cp"]
@@ -97,16 +100,17 @@ def fitted_total(c: Columns, theta: np.ndarray | None = None) -> np.ndarray:
     copies = np.where(c["zero"] >= 1, c["dp"] * c["cp"], 1.0)
     for stage in ("first", "last"):
         first = stage == "first"
-        layers = c["first_layers"] if first else c["last_layers"]
+        layers = c["inner_layers"] if first else c["last_layers"]
         alive = in_flight(c) if first else np.ones_like(layers)
         head = np.where(c["pp"] == 1, 1.0, 0.0) if first else 1.0
         p = sum(parameters_per_rank(c, stage))
         whole = state * p / np.where(c["zero"] >= 3, copies, 1.0)
         sharded = hidden * c["hidden"] + ffn * c["ffn"] * c["top_k"]
-        layer = sharded / c["tp"] + replicated * c["hidden"]
+        # sequence parallelism gathers one layer's input at a time, else every layer keeps it whole
+        layer = sharded / c["tp"] + np.where(c["sp"] > 0, 0.0, replicated * c["hidden"])
         inputs = 2 * c["hidden"] / np.where(c["sp"] > 0, c["tp"], 1.0)
         layer = np.where(c["recompute"] == 2, inputs, layer)
-        kept = tokens * layers * alive * layer
+        kept = tokens * (layers * alive * layer + c["sp"] * replicated * c["hidden"])
         scores = head * tokens * c["vocab"] / c["tp"] * logits
         best = np.maximum(best, whole + optimizer * p / copies + kept + scores)
     return best + fixed

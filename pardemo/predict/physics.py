@@ -28,7 +28,7 @@ TERMS = {
     "context": "m x layers x (c-1)/c of K and V, forward and twice backward",
     "experts": "m x layers x 4 all-to-alls of the routed tokens",
     "head": "m x the head's and the loss's extra on the last stage",
-    "bubble": "(p-1)/v x one microbatch of a stage",
+    "bubble": "one microbatch through the other stages, / v",
     "transfer": "(m v + p - 1) x 2 sends of the activation between stages",
     "exposed": "gradients (and ZeRO's parameters), the share that is not hidden",
     "optimizer": "bytes moved per parameter / memory bandwidth",
@@ -143,14 +143,16 @@ def terms(c: Columns, theta: np.ndarray) -> dict[str, np.ndarray]:
     gemm = product(c, k)
     head = 3 * gemm(tokens, c["vocab"] / tp, c["hidden"])
     head = head + 16 * tokens * c["vocab"] / tp * 2 / (c["hbm"] * k["memory_bandwidth"])
-    first, last = c["first_layers"], c["last_layers"]
+    inner, last = c["inner_layers"], c["last_layers"]
     on_last = last * per_layer + head
-    heavy_last = (on_last > first * per_layer) | (p == 1)
-    slow_layers = np.where(heavy_last, last, first)
+    heavy_last = (on_last > inner * per_layer) | (p == 1)
+    slow_layers = np.where(heavy_last, last, inner)
     out = {name: m * slow_layers * value for name, value in layer.items()}
     out["head"] = np.where(heavy_last, m * head, 0.0)
     share = np.where(c["schedule"] >= SCHEDULES.index("zb-h1"), 1 / 3, 1.0) / c["chunks"]
-    out["bubble"] = (p - 1) * share * (first * per_layer + k["microbatch_s"])
+    # one microbatch passes every stage once; the slowest one's share is counted above
+    others = c["layers"] * per_layer + head - np.where(heavy_last, on_last, inner * per_layer)
+    out["bubble"] = np.where(p > 1, share * (others + (p - 1) * k["microbatch_s"]), 0.0)
     out["transfer"] = _transfer(c, k, activation)
     out["exposed"] = gradients(c, k, out["compute"])
     out |= _fixed(c, k)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pardemo.predict.columns import Columns, take
+from pardemo.predict.columns import Columns, cannot_start, take
 from pardemo.predict.constants import MEMORY, TIME, Constant
 from pardemo.predict.fit import Fit, fit, held_out_spread
 from pardemo.predict.flop_check import flop_stats
@@ -158,7 +158,7 @@ def predict_memory(data: Runs, learn: np.ndarray) -> tuple[np.ndarray, Fit | Non
         return total(data.columns | {"balanced": data.columns["pp"] * 0}), None
     found = fit(fitted_total, MEMORY, take(data.columns, mine), data.memory[mine], scale=0.08)
     peak = fitted_total(data.columns, found.theta)
-    return np.where(data.columns["empty_stages"] > 0, np.inf, peak), found
+    return np.where(cannot_start(data.columns), np.inf, peak), found
 
 
 def regrets(

@@ -10,6 +10,7 @@ import pytest
 
 from pardemo import predict
 from pardemo.predict import Curve, CurveSet, Layout, Profile, ProfileError, Transformer
+from pardemo.predict.columns import by_cost, cannot_start
 from pardemo.predict.constants import MEMORY, TIME, vector
 from pardemo.predict.flops import forward_per_token
 
@@ -246,3 +247,33 @@ def test_a_profile_without_a_network_says_so():
     assert isinstance(p, Profile)
     with pytest.raises(ProfileError, match=r"links\.network is missing"):
         predict.step(predict.model("llama3-8b"), Layout(dp=16), p)
+
+
+def test_stages_balanced_by_cost_follow_the_published_rule_by_hand():
+    # 16 layers and a head as costly as 4: a quarter is 5, a half 10, so 5, 5, 5, 1
+    counts, head = by_cost(16, 4.0, 4)
+    assert list(counts) == [5, 5, 5, 1]
+    assert head == 3
+    counts, head = by_cost(16, 4.0, 16)
+    assert counts.sum() == 16
+    assert head == 13  # the last two stages hold nothing
+
+
+@pytest.mark.parametrize(
+    ("empty", "zero", "dp", "fails"), [(1, 0, 2, True), (1, 1, 2, False), (1, 0, 1, False),
+                                       (2, 1, 2, True), (0, 0, 2, False)],
+)  # fmt: skip
+def test_a_stage_without_parameters_fails_under_unsharded_replicas(empty, zero, dp, fails):
+    c = {"empty_stages": np.array([empty]), "zero": np.array([zero]), "dp": np.array([dp])}
+    c |= {"pp": np.array([4.0]), "balanced": np.ones(1)}
+    assert bool(cannot_start(c)[0]) is fails
+    assert bool(cannot_start(c | {"balanced": np.zeros(1)})[0]) is (empty > 0)
+
+
+def test_the_bubble_is_one_microbatch_through_the_other_stages():
+    """7 layers on 2 stages, head aside: the slower stage has 4, so the other 3 are the bubble."""
+    model = Transformer(7, 4096, 32, 16384, 1, 2048)
+    parts = {
+        t.name: t.value for t in predict.step(model, Layout(pp=2, microbatches=8), "a100-dgx").terms
+    }
+    assert parts["bubble"] == pytest.approx(3 / 4 * parts["compute"] / 8, rel=0.1)
