@@ -20,8 +20,9 @@ def dots(
     samples: Mapping[str, Values],
     predicted: Mapping[str, float] | float | None = None,
     title: str = "",
+    what: str = "one step",
 ) -> str:
-    """Every sample (seconds) as a dot, its median as a bar, the prediction as a dotted line.
+    """Every sample (seconds) of `what` as a dot, its median as a bar, the prediction dotted.
 
     `predicted`: seconds per name, or one number for all of them.
     """
@@ -48,7 +49,7 @@ def dots(
     axes.set_xticks(range(len(pools)), labels, **turned)
     axes.set_xlim(-0.6, len(pools) - 0.4)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel(f"one step [{unit}]")
+    axes.set_ylabel(f"{what} [{unit}]")
     axes.set_xlabel("dots: samples; bar: median" + ("; dotted: predicted" if predicted else ""))
     axes.set_title(title)
     return f"Samples: {', '.join(said)}."
