@@ -1,19 +1,23 @@
 """weigh(): what one training step keeps in memory on this rank, by kind, and when it is most.
 
-On a CPU every tensor's storage is counted from its first appearance to its end; on a GPU the
-peak is the allocator's. Parts of sharded tensors (DTensor) count with their local shard.
+On a CPU every tensor's storage is counted from its first appearance to its end, in this thread and
+in those that the step starts; on a GPU the peak is the allocator's. Parts of sharded tensors
+(DTensor) count with their local shard.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -89,7 +93,9 @@ class _Scale(TorchDispatchMode):
         self._known: dict[int, int] = {}
         self._saved: dict[int, list[int]] = {}  # storage -> [times saved, bytes]
         self._watch = PhaseWatch(before=self._weigh_gradients)
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
+        self._hooks = self._kept_hooks()
+        self._lock = threading.RLock()
+        self._threads = mock.patch.object(threading.Thread, "start", self._starter())
 
     def __enter__(self) -> _Scale:
         if self.model is not None:
@@ -99,11 +105,13 @@ class _Scale(TorchDispatchMode):
                     self._see(tensor.grad, "what was there before")
         self._watch.open()
         self._hooks.__enter__()
+        self._threads.start()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self._threads.stop()
         self._hooks.__exit__(*error)
         self._watch.close()
         self.gradients = max(self.gradients, _bytes(_gradients(self.parameters())))
@@ -112,10 +120,36 @@ class _Scale(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._see(leaf, func._schema.name)
+        self.look(out, func._schema.name)
         return out
+
+    def look(self, value: Any, operator: str) -> None:
+        """Count the tensors that an operator returned, in whichever thread it ran."""
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf, operator)
+
+    def _starter(self) -> Callable[[threading.Thread], None]:
+        """Thread.start, of threads in which operators and what autograd saves are seen too.
+
+        Both are looked at by thread: without this, replicas in threads would weigh nothing.
+        """
+        start = threading.Thread.start
+
+        def started(thread: threading.Thread) -> None:
+            run = thread.run
+
+            def seen() -> None:
+                with _InThread(self), self._kept_hooks():
+                    run()
+
+            thread.run = seen  # type: ignore[method-assign]
+            start(thread)
+
+        return started
+
+    def _kept_hooks(self) -> saved_tensors_hooks:
+        return saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
 
     def parameters(self) -> list[torch.Tensor]:
         """The model's parameters, or those of the optimizers that stepped."""
@@ -141,18 +175,20 @@ class _Scale(TorchDispatchMode):
     def _see(self, tensor: torch.Tensor, operator: str, at_peak: bool = True) -> None:
         storage = _local(tensor).untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        before = self._known.get(key)
-        if before == size or tensor.device.type == "meta":
-            return
-        if before is None:
-            weakref.finalize(storage, self._gone, key)
-        self._known[key] = size
-        self.live += size - (before or 0)
-        if at_peak and self.live > self.peak:
-            self.peak, self.peak_at = self.live, f"{self._watch.now()} ({operator})"
+        with self._lock:
+            before = self._known.get(key)
+            if before == size or tensor.device.type == "meta":
+                return
+            if before is None:
+                weakref.finalize(storage, self._gone, key)
+            self._known[key] = size
+            self.live += size - (before or 0)
+            if at_peak and self.live > self.peak:
+                self.peak, self.peak_at = self.live, f"{self._watch.now()} ({operator})"
 
     def _gone(self, key: int) -> None:
-        self.live -= self._known.pop(key, 0)
+        with self._lock:
+            self.live -= self._known.pop(key, 0)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         source = tensor._base if tensor._base is not None else tensor
@@ -161,19 +197,21 @@ class _Scale(TorchDispatchMode):
         if isinstance(source, nn.Parameter) or local.device.type == "meta" or self._is_own(local):
             return kept
         storage = local.untyped_storage()
-        entry = self._saved.setdefault(storage._cdata, [0, storage.nbytes()])
-        if entry[0] == 0:
-            self.saved += entry[1]
-            self.saved_peak = max(self.saved_peak, self.saved)
-        entry[0] += 1
+        with self._lock:
+            entry = self._saved.setdefault(storage._cdata, [0, storage.nbytes()])
+            if entry[0] == 0:
+                self.saved += entry[1]
+                self.saved_peak = max(self.saved_peak, self.saved)
+            entry[0] += 1
         weakref.finalize(kept, self._released, storage._cdata)
         return kept
 
     def _released(self, key: int) -> None:
-        entry = self._saved[key]
-        entry[0] -= 1
-        if entry[0] == 0:
-            self.saved -= self._saved.pop(key)[1]
+        with self._lock:
+            entry = self._saved[key]
+            entry[0] -= 1
+            if entry[0] == 0:
+                self.saved -= self._saved.pop(key)[1]
 
     def _is_own(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor shares the storage of a parameter or buffer of the model."""
@@ -182,6 +220,21 @@ class _Scale(TorchDispatchMode):
         key = tensor.untyped_storage()._cdata
         own = (*self.model.parameters(), *self.model.buffers())
         return any(_local(t).untyped_storage()._cdata == key for t in own)
+
+
+class _InThread(TorchDispatchMode):
+    """Shows the operators of one more thread to a scale: a mode serves the thread it entered in."""
+
+    def __init__(self, scale: _Scale) -> None:
+        super().__init__()
+        self._scale = scale
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self._scale.look(out, func._schema.name)
+        return out
 
 
 @dataclass(eq=False)

@@ -78,14 +78,17 @@ def peak_bytes(
     activations_bytes: float,
     gathered_bytes: float = 0,
     gradients_stay: bool = False,
+    copied_bytes: float = 0,
 ) -> float:
     """The most that one rank holds at once in a step, from the sizes of its parts.
 
     Activations are there before the gradients: backward frees the one as it makes the other, so
     the larger of the two counts, beside what is always there and what is gathered to compute.
     Both count where `gradients_stay`: in DDP's buckets, or from one microbatch to the next.
+    `copied_bytes` are of the flat message in which gradients are summed after the backward pass.
     """
     always = parameters_bytes + optimizer_bytes + buffers_bytes + gathered_bytes
+    backward = max(gradients_bytes, activations_bytes)
     if gradients_stay:
-        return always + gradients_bytes + activations_bytes
-    return always + max(gradients_bytes, activations_bytes)
+        backward = gradients_bytes + activations_bytes
+    return always + max(backward, gradients_bytes + copied_bytes)

@@ -23,13 +23,17 @@ PHASES = ("replicate", "scatter", "apply", "gather", "loss", "backward", "optimi
 
 
 class Phases:
-    """Seconds and bytes per phase of the last step; what stays on the root is not counted."""
+    """Seconds and bytes per phase of the last step; what stays on the root is not counted.
+
+    `output_gradient_bytes` go the way of "gather" back in the backward pass.
+    """
 
     def __init__(self, device: torch.device, timed: bool) -> None:
         self.device, self.timed = device, timed
         self.replicas = 1  # how many the last batch was dealt to
         self.seconds: dict[str, float] = {}
         self.bytes: dict[str, int] = {}
+        self.output_gradient_bytes = 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -50,6 +54,13 @@ class Phases:
         found: list[int] = []
         base.map_tensors(lambda t: _note(found, t), list(values[1:]))
         self.bytes[name] = sum(found)
+
+    def count_outputs(self, outputs: Sequence[Any]) -> None:
+        """The bytes that are gathered, and those of the gradients that backward sends out."""
+        self.count("gather", outputs)
+        found: list[int] = []
+        base.map_tensors(lambda t: _note(found, t) if t.requires_grad else t, list(outputs[1:]))
+        self.output_gradient_bytes = sum(found)
 
 
 def _note(found: list[int], tensor: torch.Tensor) -> torch.Tensor:
@@ -87,7 +98,7 @@ class GpuReplicas(nn.DataParallel):
 
     def gather(self, outputs: Any, output_device: Any) -> Any:
         """Fetch the outputs to the first GPU."""
-        self.phases.count("gather", outputs)
+        self.phases.count_outputs(outputs)
         with self.phases.phase("gather"):
             return super().gather(outputs, output_device)
 
@@ -113,7 +124,7 @@ class ThreadReplicas(nn.Module):
             self.meeting.open(len(parts))
         with self.phases.phase("apply"):
             outputs = apply_in_threads(copies, parts, self.meeting)
-        self.phases.count("gather", outputs)
+        self.phases.count_outputs(outputs)
         with self.phases.phase("gather"):
             return gather(outputs)
 

@@ -106,6 +106,7 @@ def _data_parallel(scene: Scene, rank: int, routed: Routed | None) -> list[Messa
         ("broadcast", others * model_bytes(scene.model), "(n-1) (P b + buffers)", "forward"),
         ("scatter", _bytes(inputs) * away / size, "the replicas' inputs", "forward"),
         ("gather", _bytes(output) * away / size, "the replicas' outputs", "forward"),
+        ("scatter", _bytes(output, floating=True) * away / size, "their gradients", "backward"),
         ("reduce", others * scene.elements * scene.element_bytes, "(n-1) P b", "backward"),
     ]
     return [
@@ -114,10 +115,11 @@ def _data_parallel(scene: Scene, rank: int, routed: Routed | None) -> list[Messa
     ]
 
 
-def _bytes(value: Any) -> int:
-    sizes: list[int] = []
-    map_tensors(lambda t: sizes.append(t.numel() * t.element_size()) or t, value)  # type: ignore[func-returns-value]
-    return sum(sizes)
+def _bytes(value: Any, floating: bool = False) -> int:
+    """Bytes of all tensors of a nested value, or of those only that may have a gradient."""
+    found: list[Any] = []
+    map_tensors(lambda t: found.append(t) or t, value)  # type: ignore[func-returns-value]
+    return sum(t.numel() * t.element_size() for t in found if t.is_floating_point() or not floating)
 
 
 def sharded_knobs(scene: Scene, ranks: int) -> dict[str, Any]:

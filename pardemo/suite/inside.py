@@ -92,6 +92,7 @@ COPIES = {  # phases of nn.DataParallel as collectives: (kind, phase of the step
     "replicate": ("broadcast", "forward"),
     "scatter": ("scatter", "forward"),
     "gather": ("gather", "forward"),
+    "output gradients": ("scatter", "backward"),
     "reduce": ("reduce", "backward"),
 }
 
@@ -99,10 +100,11 @@ COPIES = {  # phases of nn.DataParallel as collectives: (kind, phase of the step
 def _copies(phases: Any) -> Traffic:
     """The copies between the devices of one process, as the strategy counted them itself."""
     note = "counted: all copies between the devices of this one process"
+    sizes = {**phases.bytes, "output gradients": phases.output_gradient_bytes}
     return Traffic(0, tuple(
-        Flow(kind, "devices", phase, phases.replicas, 1, phases.bytes[name],  # type: ignore[arg-type]
-             float(phases.bytes[name]), float(phases.bytes[name]), note)
-        for name, (kind, phase) in COPIES.items() if phases.bytes.get(name)
+        Flow(kind, "devices", phase, phases.replicas, 1, sizes[name],  # type: ignore[arg-type]
+             float(sizes[name]), float(sizes[name]), note)
+        for name, (kind, phase) in COPIES.items() if sizes.get(name)
     ))  # fmt: skip
 
 

@@ -102,8 +102,8 @@ class Scene:
         return plan.count(size, stages)
 
     @cached_property
-    def alive(self) -> dict[int, float]:
-        """Bytes of activations of the whole model by samples, once they were weighed."""
+    def alive(self) -> dict[Any, float]:
+        """Bytes of activations by samples and how the layers are cut, once they were weighed."""
         return {}
 
     @cached_property

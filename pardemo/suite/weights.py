@@ -2,14 +2,16 @@
 
 States follow from which tensors a rank holds: parameters b P, gradients b P of the trainable ones,
 the optimiser's two or one values each, buffers. Activations are those of one process that runs
-what the rank runs (its share of the samples, its stage), as often as that is in flight.
+what the rank runs (its share of the samples, its stage, its slice of the layers, its positions), as
+often as that is in flight. Experts are taken to get as many rows as their own rank sends out.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,20 +21,30 @@ from pardemo.measure import weigh
 from pardemo.predict.strategy_memory import OPTIMIZER_STATES, peak_bytes
 from pardemo.strategies import fsdp, routing
 from pardemo.strategies.base import call
+from pardemo.strategies.replicas import model_bytes
+from pardemo.strategies.ring_attention import positions_of
 
+from . import alone
 from . import scene as facts
 from .scene import Scene
 
 KINDS = ("parameters", "gradients", "optimizer", "buffers", "activations")
 SHARDED = ("fsdp", "hsdp", "fsdp_tp")
 STAY = ("ddp", "zero1", "pipeline", "dp_pp", "tp_pp", "dp_pp_tp")  # gradients beside activations
+FLAT = ("context", "expert", "dp_tp", "dp_pp", "dp_pp_tp")  # gradients summed in one message
+KNOWN = {"sequence_parallel", "method", "balance"}
 Shapes = dict[nn.Parameter, tuple[int, ...]]
+Knobs = Mapping[str, Any]
+NONE: Knobs = {}
 
 
-def forecast(name: str, scene: Scene, rank: int, ranks: int) -> dict[str, Any]:
-    """`memory_formula`: bytes of every kind on `rank`, and of the peak; empty where unknown."""
+def forecast(name: str, scene: Scene, rank: int, ranks: int, knobs: Knobs = NONE) -> dict[str, Any]:
+    """`memory_formula`: bytes of every kind on `rank`, and of the peak; empty where unknown.
+
+    Of the strategy's `knobs` it knows `sequence_parallel`, and context's `method` and `balance`.
+    """
     kind = _optimizer(scene)
-    if kind is None:
+    if kind is None or not set(knobs) <= KNOWN:
         return {}
     shapes, module = held(name, scene, rank if ranks > 1 else 0, ranks)
     trained = {p: s for p, s in shapes.items() if p.requires_grad}
@@ -42,14 +54,32 @@ def forecast(name: str, scene: Scene, rank: int, ranks: int) -> dict[str, Any]:
         "optimizer_bytes": _states(kind, _owned(name, shapes, rank, ranks)),
         "buffers_bytes": float(sum(b.numel() * b.element_size() for b in module.buffers())),
     }
-    alive = activations(name, scene, rank, ranks, module)
-    if alive is not None:
-        found["activations_bytes"] = alive
-        gathered = _gathered(name, scene, ranks)
-        found["peak_bytes"] = peak_bytes(
-            **found, gathered_bytes=gathered, gradients_stay=name in STAY and ranks > 1
-        )
+    found["activations_bytes"] = activations(name, scene, rank, ranks, module, knobs)
+    if name == "data_parallel":
+        found["activations_bytes"] += _replicas(scene)
+    found["peak_bytes"] = peak_bytes(
+        **found,
+        gathered_bytes=_gathered(name, scene, ranks),
+        gradients_stay=name in STAY and ranks > 1,
+        copied_bytes=_copied(name, scene, shapes, ranks),
+    )
     return {"memory_formula": found}
+
+
+def _replicas(scene: Scene) -> float:
+    """The copies of the model in one process's replicas: no leaves, kept by autograd."""
+    first = -(-scene.batch_size // scene.ranks)  # torch.chunk's size: some device may get nothing
+    return float((-(-scene.batch_size // first) - 1) * model_bytes(scene.model))
+
+
+def _copied(name: str, scene: Scene, shapes: Shapes, ranks: int) -> float:
+    """The gradients that are summed over ranks in one flat message, a copy of them."""
+    axes = scene.degrees(name) if ranks > 1 else {}
+    if name not in FLAT or axes.get("dp", 2) == 1:
+        return 0.0
+    layers = routing.seams(scene.model) if name == "expert" else []
+    experts = {p for layer in layers for p in layer.experts.parameters()}
+    return _bytes({p: s for p, s in shapes.items() if p.requires_grad and p not in experts})
 
 
 def held(name: str, scene: Scene, rank: int, ranks: int) -> tuple[Shapes, nn.Module]:
@@ -136,34 +166,68 @@ def _gathered(name: str, scene: Scene, ranks: int) -> float:
     return float((root + 4 * max(units, default=0)) * scene.element_bytes / tensor)
 
 
-def activations(name: str, scene: Scene, rank: int, ranks: int, module: nn.Module) -> float | None:
-    """What the backward pass keeps on this rank; None where one process has no like of it."""
+def activations(
+    name: str, scene: Scene, rank: int, ranks: int, module: nn.Module, knobs: Knobs = NONE
+) -> float:
+    """What the backward pass keeps on this rank, by one process that runs what the rank runs."""
     axes = scene.degrees(name) if ranks > 1 else {}
-    if "tp" in axes or "cp" in axes or (name == "expert" and ranks > 1):
-        return None  # the layers' insides are cut, which no single process runs
-    if "pp" not in axes:
-        size = -(-scene.batch_size // ranks) if axes else scene.batch_size
-        if size not in scene.alive:
-            scene.alive[size] = _alive(scene.model, scene.inputs(size), scene, size)
-        return scene.alive[size]
-    place, size = scene.place(name, rank)["pp"], scene.batch_size // axes.get("dp", 1)
+    if "pp" in axes:
+        return _of_stage(name, scene, rank, module)
+    if "cp" in axes:
+        return _of_positions(scene, rank, ranks, knobs)
+    tensor, by_tokens = axes.get("tp", 1), bool(knobs.get("sequence_parallel"))
+    size = -(-scene.batch_size * tensor // ranks) if axes else scene.batch_size
+    key = (size, tensor, by_tokens)
+    if key not in scene.alive:
+        inputs, targets = scene.inputs(size), scene.batch(size)[1]
+        prepare = partial(alone.cut_layers, ranks=tensor, sequence_parallel=by_tokens)
+        scene.alive[key] = _alive(
+            scene.model, inputs, scene, targets, prepare if tensor > 1 else None
+        )
+    return scene.alive[key]
+
+
+def _of_stage(name: str, scene: Scene, rank: int, module: nn.Module) -> float:
+    """Activations of a pipeline's stage, as often as microbatches are under way in it."""
+    axes, place = scene.degrees(name), scene.place(name, rank)["pp"]
+    size, tensor = scene.batch_size // axes.get("dp", 1), axes.get("tp", 1)
     count = 1 if name == "model_parallel" else scene.microbatches(size, axes["pp"])
-    stages = scene.parts(ranks) if name == "model_parallel" else scene.stages(axes["pp"])
+    stages = scene.parts(axes["pp"]) if name == "model_parallel" else scene.stages(axes["pp"])
     under_way = min(count, axes["pp"] - place)  # 1f1b
     given = scene.entering(stages, place, size // count)
-    last = place == axes["pp"] - 1
-    return under_way * _alive(module, given, scene, size // count if last else 0)
+    targets = scene.batch(size // count)[1] if place == axes["pp"] - 1 else None
+    prepare = partial(alone.cut_layers, ranks=tensor) if tensor > 1 else None
+    return under_way * _alive(module, given, scene, targets, prepare)
 
 
-def _alive(module: nn.Module, inputs: tuple[Any, ...], scene: Scene, targets: int) -> float:
-    """Bytes that one forward pass (and the loss of `targets` samples) keeps for backward."""
+def _of_positions(scene: Scene, rank: int, ranks: int, knobs: Knobs) -> float:
+    """Activations of this rank's positions of every sample."""
+    method, balance = knobs.get("method", "ring"), knobs.get("balance", "contiguous")
+    inputs, targets = scene.batch(scene.batch_size)
+    where = positions_of(rank, ranks, inputs.shape[1], balance)
+    prepare = partial(
+        alone.cut_positions, where=where, rank=rank, ranks=ranks, method=method, balance=balance
+    )
+    return _alive(scene.model, (inputs[:, where],), scene, targets[:, where], prepare)
+
+
+def _alive(
+    module: nn.Module, inputs: tuple[Any, ...], scene: Scene, targets: Any = None,
+    prepare: Callable[[nn.Module], None] | None = None,
+) -> float:  # fmt: skip
+    """Bytes that one forward pass (and the loss, given `targets`) keeps for backward.
+
+    `prepare` cuts a copy of the module to what one rank has of it.
+    """
     copied = copy.deepcopy(module)
+    if prepare is not None:
+        prepare(copied)
 
     def step() -> None:
         with torch.random.fork_rng(devices=[]):
             out = call(copied, inputs if len(inputs) > 1 else inputs[0])
-            if targets:
-                out = scene.work.loss(out, scene.batch(targets)[1])
+            if targets is not None:
+                out = scene.work.loss(out, targets)
             _sum(out).backward()
 
     return float(weigh(step, copied).activations_bytes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -71,6 +73,39 @@ def test_the_peak_is_the_largest_sum_of_living_storages():
         return torch.ones(500), view
 
     assert weigh(step).peak_bytes == 3000 * FLOAT
+
+
+def in_threads(work, count=2):
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_tensors_of_threads_that_the_step_starts_are_seen_and_so_is_what_they_save():
+    net, _ = trained()
+    parts = [torch.randn(BATCH, IN) for _ in range(2)]
+
+    def step():
+        out = [None, None]
+
+        def work(i):
+            out[i] = net(parts[i])
+
+        in_threads(work)
+        torch.cat(out).pow(2).mean().backward()
+
+    found = weigh(step, net)
+    kept = 2 * BATCH * (IN + HIDDEN + OUT) * FLOAT
+    assert 0 <= found.activations_bytes - kept <= 16
+    assert found.peak_bytes >= PARAMETERS * FLOAT + 2 * BATCH * (HIDDEN + OUT) * FLOAT
+
+
+def test_threads_start_as_before_once_all_is_weighed():
+    before = threading.Thread.start
+    weigh(lambda: in_threads(lambda i: torch.ones(3)))
+    assert threading.Thread.start is before
 
 
 def test_the_peak_holds_the_states_and_says_where_it_was():

@@ -55,6 +55,7 @@ def test_every_phase_is_timed_and_its_bytes_are_those_of_the_formula() -> None:
         "gather": 6 * 10 * 4,
         "reduce": 3 * 4 * parameters,
     }
+    assert step.phases.output_gradient_bytes == step.phases.bytes["gather"]
 
 
 def test_a_batch_that_leaves_a_device_without_work_copies_to_one_replica_less() -> None:

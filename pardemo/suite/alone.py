@@ -1,0 +1,133 @@
+"""One rank's part of a model in one process: the shapes of its slices, nothing sent.
+
+What cuts the layers' insides (heads and hidden features of tensor parallelism, the positions inside
+attention of context parallelism) is done to a copy of the module, and what other ranks would send
+is made up. Values mean nothing; what a backward pass keeps has the sizes that it has on a rank.
+
+Shapes: B batch, T tokens (of this rank, or all), D features, H heads, t or c ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from pardemo.strategies import tensor_attention, tensor_plans
+from pardemo.strategies.pipeline_split import Chain
+from pardemo.strategies.ring_attention import RingAttention, chunks_of
+
+
+def cut_layers(module: nn.Module, ranks: int, sequence_parallel: bool = False) -> None:
+    """Leave 1/ranks of every pair of `module`, in place; `sequence_parallel`: of tokens too."""
+    body = nn.Sequential(*module.parts) if isinstance(module, Chain) else module
+    found = tensor_plans.pairs(body)
+    for pair in found:
+        for name in pair.columns:
+            column = body.get_submodule(name)
+            for own, _ in list(column.named_parameters(recurse=False)):
+                _narrow(column, own, 0, ranks)
+        if pair.attention:
+            _cut_heads(body.get_submodule(pair.attention), ranks)
+        _narrow(body.get_submodule(pair.rows), "weight", 1, ranks)
+    if sequence_parallel:
+        _cut_tokens(body, found, ranks)
+
+
+def _narrow(module: nn.Module, name: str, dim: int, ranks: int) -> None:
+    """Replace a parameter by its first 1/ranks along `dim`."""
+    old = getattr(module, name)
+    mine = old.detach().narrow(dim, 0, old.shape[dim] // ranks).clone()
+    setattr(module, name, nn.Parameter(mine, requires_grad=old.requires_grad))
+
+
+def _cut_heads(module: Any, ranks: int) -> None:
+    """nn.MultiheadAttention with 1/ranks of its heads; see tensor_attention.split."""
+    for name in tensor_attention.FUSED:
+        if getattr(module, name) is not None:
+            _narrow(module, name, 0, ranks)
+    module._qkv_same_embed_dim = False
+    module.forward = functools.partial(_heads, module)
+
+
+def _heads(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, need_weights: bool = True,
+    **__: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What the heads of one rank keep, masks aside: (B, L, D) or (L, B, D), as batch_first says."""
+    turned, biases = not module.batch_first, module.in_proj_bias
+    weights = module.in_proj_weight.chunk(3)
+    added = [None] * 3 if biases is None else biases.chunk(3)
+    q, k, v = (
+        F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, added, strict=True)
+    )
+    if turned and query.dim() == 3:
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    q, k, v = (x.unflatten(-1, (-1, module.head_dim)).transpose(-3, -2) for x in (q, k, v))
+    scores = (
+        (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1) if need_weights else None
+    )
+    out = F.scaled_dot_product_attention(q, k, v) if scores is None else scores @ v
+    out = out.transpose(-3, -2).flatten(-2)
+    if turned and query.dim() == 3:
+        out = out.transpose(0, 1)
+    return module.out_proj(out), None if scores is None else scores.mean(-3)
+
+
+def _cut_tokens(model: Any, found: list[tensor_plans.Pair], ranks: int) -> None:
+    """Norms and residuals on T/t tokens, gathered before every pair's module and the head."""
+
+    def part(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        return out[:, : out.shape[1] // ranks].contiguous()
+
+    def gathered(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (torch.cat([args[0]] * ranks, dim=1), *args[1:])
+
+    model.embed.register_forward_hook(part)
+    model.head.register_forward_pre_hook(gathered)
+    for pair in found:
+        owner = model.get_submodule(pair.rows.rpartition(".")[0])
+        owner.register_forward_pre_hook(gathered)
+        model.get_submodule(pair.rows).register_forward_hook(part)
+
+
+class LoneRing(RingAttention):
+    """Ring attention of `rank` with nobody beside it: what would arrive is what would be sent."""
+
+    def __init__(self, rank: int, ranks: int, balance: str) -> None:
+        self.causal, self.balance, self.blocks = True, balance, 0
+        self.rank, self.world_size = rank, ranks
+        self.chunks = [chunks_of(r, ranks, balance) for r in range(ranks)]
+
+    def shift(self, outgoing: Tensor) -> tuple[Tensor, list[Any]]:
+        """A tensor of the size of what would come from the rank before."""
+        return outgoing.clone(), []
+
+
+def lone_ulysses(ranks: int) -> Callable[..., Tensor]:
+    """Attention (B, H, T/c, D) that trades positions for heads with nobody: (B, H/c, T, D)."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+        q, k, v = (torch.cat(x.chunk(ranks, dim=1), dim=2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return torch.cat(out.chunk(ranks, dim=2), dim=1)
+
+    return attend
+
+
+def cut_positions(module: nn.Module, where: Tensor, rank: int, ranks: int, method: str,
+                  balance: str) -> None:  # fmt: skip
+    """Let `module`, in place, attend as `rank` of `ranks` does, its tokens standing at `where`."""
+    ring = LoneRing(rank, ranks, balance) if method == "ring" else lone_ulysses(ranks)
+    seams: list[Any] = list(module.modules())
+    for layer in seams:
+        if hasattr(layer, "attend"):
+            layer.attend = ring
+        if hasattr(layer, "positions"):
+            layer.positions = where
