@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from pardemo.strategies import base, pipeline_build, tensor_build
+from pardemo.strategies import base, pipeline_build, pipeline_split, tensor_build
 
 
 def build(
@@ -25,7 +25,9 @@ def reasons(axes: tuple[str, ...]) -> Any:
 
     def reasons_against(model: nn.Module, world_size: int, batch_size: int) -> list[str]:
         found = pipeline(model, world_size, batch_size) + tensor(model, world_size, batch_size)
-        if not hasattr(model, "sequence") and not isinstance(model, nn.Sequential):
+        degrees = dict(zip(axes, base.factor(world_size, len(axes)), strict=True))
+        both = degrees["pp"] > 1 and degrees["tp"] > 1  # one stage is the whole model, not traced
+        if both and not pipeline_split.is_sequence(model):
             found.append("stages of a traced model cannot be sliced: give it `sequence()`")
         return found
 

@@ -90,6 +90,8 @@ def test_every_strategy_equals_one_process_or_says_in_one_line_why_not(
         ("pipeline", "resnet"),
         ("fsdp", "parametrized"),
         ("zero1", "cumulative"),
+        ("tp_pp", "encoder"),  # one stage, which is the whole model: nothing to trace
+        ("dp_pp_tp", "returns_dict"),
     ],
 )
 def test_two_ranks_equal_one_process(ranks2: Ranks, strategy: str, name: str) -> None:
