@@ -123,11 +123,11 @@ def _run_verb(verbs: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from pardemo.cluster.train import Job, run
+    from pardemo.cluster.train import UNFINISHED, Job, run
 
     names = Job.__dataclass_fields__
-    run(Job(**{name: value for name, value in vars(arguments).items() if name in names}))
-    return 0
+    job = Job(**{name: value for name, value in vars(arguments).items() if name in names})
+    return 0 if run(job) else UNFINISHED
 
 
 def _cluster(verbs: Any) -> None:

@@ -15,6 +15,7 @@ import platform
 import resource
 import shutil
 import socket
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def here(environment: Mapping[str, str] | None = None) -> list[Finding]:
     """Findings about this machine alone."""
     environment = os.environ if environment is None else environment
     found = [_name(), *_named_interfaces(environment), _shared_memory(), _open_files()]
-    return [*found, _memory(), *_locked_memory(), *_peers()]
+    return [*found, _memory(), *_locked_memory(), *_peers(), *slurm(environment)]
 
 
 def _name() -> Finding:
@@ -203,6 +204,39 @@ def _peers() -> list[Finding]:
             "nvidia-smi topo -m shows why; in a virtual machine, ACS and IOMMU settings decide",
         )
     ]  # fmt: skip
+
+
+def slurm(environment: Mapping[str, str]) -> list[Finding]:
+    """Nodes on which Slurm starts nothing, so that jobs wait; nothing where there is no Slurm."""
+    if shutil.which("sinfo") is None:
+        return []
+    argv = ["sinfo", "--noheader", "--Node", "--format=%N|%T|%E"]
+    try:
+        done = subprocess.run(
+            argv, env=dict(environment), text=True, capture_output=True, timeout=15,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        said, failed = done.stderr, done.returncode != 0
+    except subprocess.TimeoutExpired:
+        said, failed = "no answer in 15 s", True
+    if "configuration" in said:  # installed, and never set up
+        return []
+    if failed:
+        text = f"Slurm's controller does not answer: {' '.join(said.split())[:200]}"
+        return [Finding(WARN, text, "`scontrol ping` says which host; start slurmctld there")]
+    rows = dict.fromkeys(line for line in done.stdout.splitlines() if line.count("|") >= 2)
+    found = []
+    for name, state, reason in (row.split("|", 2) for row in rows):
+        if state.startswith(("drain", "down", "fail")):
+            found.append(
+                Finding(
+                    WARN, f"Slurm starts nothing on node {name}: it is {state.rstrip('*')} "
+                    f"({reason}); jobs that need it stay pending",
+                    f"scontrol update nodename={name} state=resume once it is mended, or ask for "
+                    "fewer nodes",
+                )
+            )  # fmt: skip
+    return found or [Finding(OK, f"Slurm can use its {len(rows)} nodes")]
 
 
 def compare(mine: Mapping[str, Any], theirs: Mapping[str, Any], clock_s: float) -> list[Finding]:

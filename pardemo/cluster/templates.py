@@ -102,6 +102,17 @@ def _exports(plan: Plan) -> list[str]:
     return said
 
 
+def _notice_s(limit: str) -> int:
+    """Seconds before the time limit at which a job is told: two minutes, a quarter of a short one.
+
+    Slurm tells up to a minute earlier than asked; a job of a minute or two has no time for it.
+    """
+    days, _, clock = limit.rpartition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    whole_s = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    return max(1, min(120, whole_s // 4))
+
+
 def _slurm(plan: Plan) -> str:
     head = [
         "#!/bin/bash",
@@ -112,6 +123,9 @@ def _slurm(plan: Plan) -> str:
         f"#SBATCH --time={plan.time}",
         f"#SBATCH --output={plan.folder}/slurm-%j.out", "#SBATCH --open-mode=append",
         "#SBATCH --requeue                    # a lost node brings the job back; it resumes",
+        f"#SBATCH --signal=B:USR1@{_notice_s(plan.time):<13}# s before the limit: save, go again",
+        "# A job that stays pending: squeue -j JOB -o %r says why; pardemo doctor names the nodes",
+        "# that are drained or down, and how to get them back.",
     ]  # fmt: skip
     if plan.gpus_per_node:
         head.append(f"#SBATCH --gpus-per-node={plan.gpus_per_node}")
@@ -120,24 +134,61 @@ def _slurm(plan: Plan) -> str:
     master = shlex.quote(plan.master) if plan.master else '"$(head -n 1 <<<"$hosts")"'
     body = [
         "set -euo pipefail",
+        "# Near the time limit Slurm sends USR1: have the ranks save, and start the job again",
+        "told= step=",
+        "near_the_end() {",
+        "  told=1",
+        "  for _ in $(seq 12); do",
+        '    kill -0 "$step" 2>/dev/null || return 0',
+        '    scancel --signal=USR1 "$SLURM_JOB_ID" || true   # to the ranks; pardemo run saves',
+        "    sleep 5",
+        "  done",
+        "}",
+        "trap near_the_end USR1",
         'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
         f"master={master}                      # rank 0's node; all nodes must reach it",
         "port=$((20000 + SLURM_JOB_ID % 10000))   # two jobs on one node must not meet",
         *_exports(plan),
         "# each task learns its node's number from Slurm; the rest is the same on all nodes",
-        'start=\'exec "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"\'',
+        "start='trap \"\" USR1; '   # for the ranks, which may catch it; not the end of torchrun",
+        'start+=\'exec "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"\'',
         f'srun --kill-on-bad-exit=1 bash -c "$start" {shlex.quote(plan.python)} \\',
         f"  --nnodes={plan.nodes} --nproc-per-node={plan.ranks_per_node} \\",
-        '  --master-addr="$master" --master-port="$port" \\',
+        '  --master-addr="$master" --master-port="$port" --rdzv-conf=timeout=300 \\',
         f'  --log-dir={shlex.quote(plan.folder)}/logs-"$SLURM_JOB_ID" \\',
-        f"  {shlex.join(plan.words)} && exit 0",
-        "code=$?",
+        f"  {shlex.join(plan.words)} &",
+        "step=$! code=0",
+        'wait "$step" || code=$?',
+        'if [[ "$told" && "$code" -gt 128 ]]; then   # USR1 has ended the wait, not the step',
+        '  code=0; wait "$step" || code=$?',
+        "fi",
+        '[[ "$code" != 0 ]] || exit 0',
+        'if [[ "$told" && "${SLURM_RESTART_COUNT:-0}" -lt 20 ]]; then   # not for ever',
+        '  scontrol requeue "$SLURM_JOB_ID" && sleep 60',
+        "  exit 85",
+        "fi",
         "# When a node is lost, the others fail before Slurm has noticed. So ask every node; where",
         "# one is silent wait for Slurm: it ends the job and, with --requeue, starts it again.",
         f"timeout 60 srun --nodes={plan.nodes} --ntasks-per-node=1 true || sleep 900",
         'exit "$code"                         # a failure is never recorded as COMPLETED',
     ]
     return "\n".join([*head, "", *body, ""])
+
+
+def _knocking(host: str, port: int) -> list[str]:
+    """Bash: wait until node 0 answers; say so when it does not, and give up at the limit."""
+    return [
+        "limit=${JOIN_S:-300}                 # seconds to wait for the other nodes",
+        'knock() { timeout 2 bash -c \': <>"/dev/tcp/$0/$1"\' "$@" 2>/dev/null; }',
+        f'until [[ "$node" == 0 ]] || knock {host} {port}; do',
+        f'  silent="nobody answers at {host}:{port}: start this script with 0 there,"',
+        '  silent+=" or give another --master and --port; pardemo doctor --nodes says which"',
+        '  (( SECONDS < limit )) || { echo "$silent (gave up after $SECONDS s)" >&2; exit 1; }',
+        '  (( SECONDS < 10 )) || [[ "${said:-}" ]] || '
+        '{ said=1; echo "$silent (waiting for $limit s, see JOIN_S)" >&2; }',
+        "  sleep 1",
+        "done",
+    ]
 
 
 def _torchrun(plan: Plan) -> str:
@@ -154,11 +205,12 @@ def _torchrun(plan: Plan) -> str:
             f'[[ "$node" =~ ^[0-9]+$ && "$node" -le {last} ]] || '
             f'{{ echo "a node is 0 to {last}, not $node" >&2; exit 2; }}',
             *_exports(plan),
+            *_knocking(shlex.quote(master), plan.port),
             "# gloo ranks that are restarted need a store of their own per attempt (torch 2.13)",
             "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
             f"exec {shlex.quote(plan.python)} -m torch.distributed.run \\",
             f"  --nnodes={plan.nodes} --nproc-per-node={plan.ranks_per_node} \\",
-            '  --node-rank="$node" \\',
+            '  --node-rank="$node" --rdzv-conf=timeout="$limit" \\',
             f"  --master-addr={shlex.quote(master)} --master-port={plan.port} \\",
             f"  --log-dir={shlex.quote(plan.folder)}/logs \\",
             f"  {shlex.join(plan.words)}",

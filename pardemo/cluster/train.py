@@ -2,16 +2,22 @@
 
 The one program that the templates, the tests of Slurm and torchrun, and the lessons on clusters
 start. It resumes from its newest good checkpoint, saves every so many steps, and rank 0 leaves one
-JSON record: losses, where it resumed, the machine card of every node.
+JSON record: losses, where it resumed, the machine card of every node. SIGUSR1, which Slurm sends
+before the time limit, has it save and end with status 85: not done, to be started again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import socket
+import tempfile
+import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,11 +27,14 @@ import torch
 import torch.distributed as dist
 
 from pardemo import strategies, workloads
+from pardemo.cluster import knock
 from pardemo.cluster.checkpoint import Checkpoints
 from pardemo.cluster.torchrun import die_with_parent, write_record
 from pardemo.cluster.world import translate_slurm
 from pardemo.machine import machine
 from pardemo.parameters import Refused
+
+UNFINISHED = 85  # the exit status of a training that was told to save and end
 
 
 @dataclass(frozen=True)
@@ -52,17 +61,71 @@ class Job:
         for name in ("steps", "batch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise Refused(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.timeout_s > 0:
+            raise Refused(f"timeout_s must be more than 0 seconds, not {self.timeout_s:g}")
+        if not self.pause_s >= 0:
+            raise Refused(f"pause_s must be 0 seconds or more, not {self.pause_s:g}")
+        for folder in (Path(self.folder), Path(self.folder) / "checkpoints"):
+            _writable(folder)
+
+
+def _writable(folder: Path) -> None:
+    """Make the folder and write a file there; Refused where that fails."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+            file.flush()
+    except OSError as error:
+        raise Refused(
+            f"nothing can be written into {str(folder)!r}: {error.strerror}; "
+            "give --folder one where you may"
+        ) from None
+
+
+class Told:
+    """Whether SIGUSR1 has come to any rank: then all of them stop after the same step."""
+
+    def __init__(self) -> None:
+        self.here = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Told]:
+        """Inside, the signal is a wish, not the end of this process."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = signal.signal(signal.SIGUSR1, self._hear)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
+    def _hear(self, *_: object) -> None:
+        self.here = True
+
+    def anywhere(self) -> bool:
+        """Whether any rank was told (collective)."""
+        if not dist.is_initialized():
+            return self.here
+        flag = torch.tensor([float(self.here)], device=machine().device_type)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)  # moves 2(n-1)/n * 4 bytes per rank
+        return bool(flag.item())
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train to `job.steps` on this process's rank; returns what rank 0 recorded (collective)."""
+    """Train to `job.steps` on this process's rank; returns what rank 0 recorded (collective).
+
+    Nothing is recorded, and {} returned, where SIGUSR1 ended the training after a checkpoint.
+    """
     job.check()
-    _join(job.timeout_s)
-    try:
-        return _train(job)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with Told().listening() as told:
+        _join(job.timeout_s)
+        try:
+            return _train(job, told)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def _join(timeout_s: float) -> None:
@@ -74,10 +137,11 @@ def _join(timeout_s: float) -> None:
     backend = machine().backend
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    knock.at_master(timeout_s)
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
 
-def _train(job: Job) -> dict[str, Any]:
+def _train(job: Job, told: Told) -> dict[str, Any]:
     alone = not dist.is_initialized()
     rank = 0 if alone else dist.get_rank()
     work, row = workloads.workload(job.workload), strategies.get(job.strategy)
@@ -90,8 +154,13 @@ def _train(job: Job) -> dict[str, Any]:
         losses.append(float(step.step(work.make_batch(job.batch_size, number, 0))))
         if rank == 0:
             print(f"step {number + 1} loss {losses[-1]:.6f}", flush=True)
-        if (number + 1) % job.save_every == 0 or number + 1 == job.steps:
-            checkpoints.save(number + 1, step.model, step.optimizer, {"losses": losses})
+        done, ends = number + 1, told.anywhere()
+        if ends or done % job.save_every == 0 or done == job.steps:
+            checkpoints.save(done, step.model, step.optimizer, {"losses": losses})
+        if ends and done < job.steps:
+            if rank == 0:
+                print(f"SIGUSR1: saved after step {done}; start it again", flush=True)
+            return {}
         time.sleep(job.pause_s)
     elapsed_s = time.perf_counter() - began
     return _record(job, losses, found.step if found else 0, elapsed_s)

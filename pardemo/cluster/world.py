@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.distributed.rendezvous import rendezvous
 
-from pardemo.cluster import serving
+from pardemo.cluster import knock, serving
 from pardemo.cluster.torchrun import die_with_parent
 from pardemo.launch import torchrun
 from pardemo.machine import machine, spread_over
@@ -78,6 +78,7 @@ class World:
         die_with_parent()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        knock.at_master(JOIN_S)
         joining = rendezvous("env://", timeout=timedelta(seconds=JOIN_S))
         self.store, self.rank, self.size = next(joining)
         self.places = self._exchange(Place.here())

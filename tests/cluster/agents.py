@@ -14,9 +14,15 @@ from typing import Any
 import pytest
 
 from pardemo.cluster import torchrun
+from pardemo.cluster.train import Job, run
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ["-m", "pardemo.cluster", "run", "--steps", "40", "--pause-s", "0.05"]
+
+
+def undisturbed_losses(folder: Path) -> list[float]:
+    """The losses of PROGRAM in one process that nothing happens to: this one."""
+    return run(Job(str(folder), strategy="single", steps=40))["losses"]
 
 
 class Agent:

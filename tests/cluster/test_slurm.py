@@ -8,12 +8,13 @@ import pwd
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from pardemo import records
+from pardemo.cluster import doctor
 from pardemo.cluster.templates import Plan, template
 from tests.cluster.slurm import Slurm
 
@@ -32,7 +33,7 @@ def slurm(
     running.stop()
 
 
-def submit(slurm: Slurm, folder: Path, *program: str) -> str:
+def submit(slurm: Slurm, folder: Path, *program: str, options: Sequence[str] = ()) -> str:
     plan = Plan(
         nodes=2, gpus_per_node=0, cpus_per_rank=1, time="00:05:00", folder=str(folder),
         master="127.0.0.1", python=sys.executable, program=program, interface="lo",
@@ -40,7 +41,8 @@ def submit(slurm: Slurm, folder: Path, *program: str) -> str:
     script = folder / "job.sh"
     script.write_text(template("slurm", plan))
     clock = f"--export=ALL,TMPDIR={folder}"  # a timing lock of its own
-    return slurm.run("sbatch", "--parsable", clock, f"--chdir={ROOT}", str(script)).strip()
+    argv = ["sbatch", "--parsable", clock, f"--chdir={ROOT}", *options, str(script)]
+    return slurm.run(*argv).strip()
 
 
 def test_a_two_node_job_trains_and_leaves_its_record(slurm: Slurm, tmp_path: Path) -> None:
@@ -74,12 +76,71 @@ def test_a_job_that_fails_is_never_completed(slurm: Slurm, tmp_path: Path) -> No
     assert state["ExitCode"] != "0:0"
 
 
+def test_a_drained_node_is_waited_for_and_the_doctor_names_it(slurm: Slurm, tmp_path: Path) -> None:
+    (tmp_path / "ok.py").write_text("print('ran')\n")
+    slurm.run("scontrol", "update", "nodename=n2", "state=drain", "reason=planted")
+    job = submit(slurm, tmp_path, str(tmp_path / "ok.py"))
+    deadline = time.monotonic() + 30
+    while (why := slurm.run("squeue", "-h", "-j", job, "-o", "%T %r").strip()) == "PENDING None":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert why.startswith("PENDING "), why
+    (finding,) = doctor.slurm(slurm.env)
+    assert "nothing on node n2: it is drained (planted); jobs that need it stay" in finding.text
+    assert "scontrol update nodename=n2 state=resume" in finding.remedy
+    slurm.run("scontrol", "update", "nodename=n2", "state=resume")
+    assert slurm.wait(job)["JobState"] == "COMPLETED"
+    assert [str(one) for one in doctor.slurm(slurm.env)] == ["ok    Slurm can use its 2 nodes"]
+
+
+SLOW = ["--pause-s", "0.2", "--save-every", "4000"]  # only the signal makes it save
+
+
+def test_a_job_told_of_its_time_limit_saves_and_comes_back_and_cancelled_leaves_no_process(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    words = ["-m", "pardemo.cluster", "run", "--folder", str(tmp_path), "--steps", "4000"]
+    job = submit(slurm, tmp_path, *words, *SLOW)
+    output = tmp_path / f"slurm-{job}.out"
+    until(output, "step 3 ")
+    slurm.run("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the limit
+    until(output, "SIGUSR1: saved after step ")
+    deadline = time.monotonic() + 60
+    while slurm.state(job)["Restarts"] == "0":
+        assert time.monotonic() < deadline, (slurm.state(job), output.read_text())
+        time.sleep(0.2)
+    (saved,) = re.findall(r"saved after step (\d+)", output.read_text())
+    assert (tmp_path / "checkpoints" / f"step-{int(saved):08d}").is_dir()
+    until(output, f"step {int(saved) + 1} loss")
+    slurm.run("scancel", job)
+    assert slurm.wait(job)["JobState"] == "CANCELLED"
+    assert gone(slurm)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+def test_a_job_that_meets_its_time_limit_goes_on_where_it_was(slurm: Slurm, tmp_path: Path) -> None:
+    words = ["-m", "pardemo.cluster", "run", "--folder", str(tmp_path), "--steps", "200"]
+    limit = ["--time=1", "--signal=B:USR1@30"]  # one minute, told in its first half
+    job = submit(slurm, tmp_path, *words, *SLOW[:2], options=limit)
+    state = slurm.wait(job, 350)
+    output = (tmp_path / f"slurm-{job}.out").read_text()
+    assert state["JobState"] == "COMPLETED", output
+    assert int(state["Restarts"]) >= 1
+    (path,) = tmp_path.glob("record-*.json")
+    record = json.loads(path.read_text())
+    saved = re.findall(r"SIGUSR1: saved after step (\d+)", output)
+    assert record["resumed_at_step"] == int(saved[-1])
+    assert len(record["losses"]) == 200
+
+
 BENCH = [
     "-m", "pardemo", "bench", "collectives", "-p", "kinds", "send", "-p", "largest", "32768",
     "-p", "rounds", "2", "-p", "seconds", "1", "-p", "pipelined", "1",
 ]  # fmt: skip
 
 
+@pytest.mark.soak
 def test_a_benchmark_runs_as_a_job_over_its_two_nodes(slurm: Slurm, tmp_path: Path) -> None:
     results = tmp_path / "results"
     job = submit(slurm, tmp_path, *BENCH, "--results", str(results))
@@ -108,15 +169,6 @@ def gone(slurm: Slurm) -> bool:
             return True
         time.sleep(0.2)
     return False
-
-
-def test_a_cancelled_job_leaves_no_process(slurm: Slurm, tmp_path: Path) -> None:
-    words = ["-m", "pardemo.cluster", "run", "--folder", str(tmp_path), "--steps", "4000"]
-    job = submit(slurm, tmp_path, *words, "--pause-s", "0.1")
-    until(tmp_path / f"slurm-{job}.out", "step 3 ")
-    slurm.run("scancel", job)
-    assert slurm.wait(job)["JobState"] == "CANCELLED"
-    assert gone(slurm)
 
 
 @pytest.mark.soak

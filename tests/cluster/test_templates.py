@@ -49,9 +49,11 @@ def test_scripts_are_valid_bash_and_arguments_arrive_as_they_were(
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
-    for name, body in (("scontrol", "echo first; echo second"), ("srun", 'shift; exec "$@"')):
+    for name, body in (
+        ("scontrol", "echo first; echo second"), ("srun", 'shift; exec "$@"'), ("timeout", ""),
+    ):  # fmt: skip
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-    for name in ("python", "scontrol", "srun"):
+    for name in ("python", "scontrol", "srun", "timeout"):
         (tmp_path / name).chmod(0o755)
     done = subprocess.run(
         ["bash", "-s", "1"], input=text, text=True, capture_output=True, cwd=tmp_path,

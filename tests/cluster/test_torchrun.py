@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -14,20 +16,18 @@ from pathlib import Path
 
 import pytest
 
+from pardemo import cli
 from pardemo.cluster import Nodes, torchrun
-from pardemo.cluster.train import Job
+from pardemo.cluster.train import UNFINISHED, Job, run
 from pardemo.parameters import Refused
-from tests.cluster.agents import PROGRAM, Agent, record
+from tests.cluster.agents import PROGRAM, Agent, record, undisturbed_losses
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    folder = tmp_path_factory.mktemp("alone")
-    job = [*PROGRAM, "--folder", str(folder), "--strategy", "single", "--pause-s", "0"]
-    subprocess.run([sys.executable, *job], cwd=ROOT, check=True, timeout=90, capture_output=True)
-    return record(folder)["losses"]
+    return undisturbed_losses(tmp_path_factory.mktemp("alone"))
 
 
 def test_a_killed_worker_is_restarted_and_ends_with_the_same_losses(
@@ -63,6 +63,7 @@ def test_a_killed_agent_leaves_no_worker(tmp_path: Path) -> None:
     pytest.fail(f"workers {workers} outlived their agent by 10 s")
 
 
+@pytest.mark.soak
 def test_canary_says_when_torch_restarts_by_default_again(tmp_path: Path) -> None:
     """Without the setting most restarts fail in torch 2.13. It passes either way, and reports."""
     agent = Agent(tmp_path, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0"}, max_restarts=1)
@@ -107,6 +108,50 @@ def test_the_command_refuses_numbers_that_cannot_be_meant(tmp_path: Path) -> Non
         Job(str(tmp_path), strategy="dpd").check()
     with pytest.raises(Refused, match="not the name of a workload"):
         Job(str(tmp_path), workload="$(id)").check()
+    with pytest.raises(Refused, match="pause_s must be 0 seconds or more, not -1"):
+        Job(str(tmp_path), pause_s=-1).check()
+    with pytest.raises(Refused, match="timeout_s must be more than 0 seconds, not 0"):
+        Job(str(tmp_path), timeout_s=0).check()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refused, match=r"nothing can be written into '.*file'.*give --folder"):
+        Job(str(tmp_path / "file")).check()
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "checkpoints").write_text("")
+    with pytest.raises(Refused, match=r"nothing can be written into '.*job/checkpoints'"):
+        Job(str(tmp_path / "job")).check()
+
+
+def test_the_command_refuses_at_once_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    words = ["run", "--folder", str(tmp_path)]
+    for more, said in (
+        (["--pause-s", "-1"], "pause_s must be 0 seconds or more, not -1"),
+        (["--timeout-s", "0"], "timeout_s must be more than 0 seconds, not 0"),
+        (["--folder", str(tmp_path / "file")], "give --folder one where you may"),
+    ):
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            assert cli.main([*words, *more]) == 2
+        assert told.getvalue().count("\n") == 1
+        assert said in told.getvalue()
+
+
+def test_a_training_that_is_told_saves_and_goes_on_later(
+    tmp_path: Path, undisturbed: list[float]
+) -> None:
+    words = ["-m", "pardemo.cluster", "run", "--steps", "40", "--save-every", "4000"]
+    argv = [sys.executable, *words, "--strategy", "single", "--folder", str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen([*argv, "--pause-s", "0.05"], **pipes) as process:
+        assert process.stdout is not None
+        while "step 3 " not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGUSR1)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == UNFINISHED
+    (step,) = re.findall(r"SIGUSR1: saved after step (\d+)", said)
+    told = run(Job(str(tmp_path), strategy="single", steps=40))
+    assert told["resumed_at_step"] == int(step)
+    assert told["losses"] == pytest.approx(undisturbed, abs=1e-5)
 
 
 def test_a_record_is_one_private_file(tmp_path: Path) -> None:

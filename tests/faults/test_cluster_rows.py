@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from pardemo.cluster import Nodes, torchrun
-from tests.cluster.agents import PROGRAM, ROOT, Agent, gone, record
+from pardemo.cluster import Nodes, knock, torchrun
+from pardemo.cluster.templates import Plan, template
+from tests.cluster.agents import PROGRAM, ROOT, Agent, gone, record, undisturbed_losses
 from tests.faults.harness import nothing_left
 
 TRAINING = [*PROGRAM, "--timeout-s", "8"]
@@ -36,10 +37,7 @@ LO = {**torchrun.ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"}
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    folder = tmp_path_factory.mktemp("alone")
-    agent = Agent(folder, nprocs=1, program=[*PROGRAM, "--strategy", "single", "--pause-s", "0"])
-    assert agent.end()[0] == 0, agent.text
-    return record(folder)["losses"]
+    return undisturbed_losses(tmp_path_factory.mktemp("alone"))
 
 
 def free_port() -> int:
@@ -169,6 +167,43 @@ def test_21_nobody_hosts_the_rendezvous(tmp_path: Path) -> None:
     code, text, said = joining(tmp_path, 1, port)
     assert code == 1, text
     assert f"nobody answers at (127.0.0.1, {port}): start the agent of node 0" in said
+
+
+@pytest.mark.timeout(60)
+def test_21_a_rank_says_soon_that_rank_0_does_not_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = free_port()
+    world = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    argv = [sys.executable, *LONG, "--folder", str(tmp_path), "--timeout-s", "1"]
+    done = subprocess.run(
+        argv, cwd=ROOT, env={**os.environ, **world}, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"pardemo: nobody answers at 127.0.0.1:{port} after 1 s")
+    assert "start rank 0 there, or correct MASTER_ADDR" in done.stderr
+    assert done.stderr.count("\n") == 1
+    with pytest.raises(RuntimeError, match="nobody answers"):
+        knock.at("127.0.0.1", port, limit_s=0.5, say_after_s=0.1)
+    assert capsys.readouterr().err.count("waiting for") == 1
+    with socket.create_server(("127.0.0.1", port)):
+        knock.at("127.0.0.1", port, limit_s=0.5)
+
+
+@pytest.mark.timeout(60)
+def test_21_the_script_says_soon_that_node_0_does_not_answer(tmp_path: Path) -> None:
+    port = free_port()
+    plan = Plan(master="127.0.0.1", port=port, folder=str(tmp_path), python="false")
+    argv, environment = ["bash", "-s", "1"], {**os.environ, "JOIN_S": "11"}
+    done = subprocess.run(
+        argv, input=template("torchrun", plan), env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    waiting, gave_up = done.stderr.splitlines()
+    for line in (waiting, gave_up):
+        assert line.startswith(f"nobody answers at 127.0.0.1:{port}: start this script with 0")
+    assert "waiting for 11 s, see JOIN_S" in waiting
+    assert "gave up after 1" in gave_up
 
 
 @pytest.mark.timeout(200)
