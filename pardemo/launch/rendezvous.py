@@ -9,13 +9,32 @@ one group: a second one would find the first one's addresses.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import socket
+import struct
+import sys
 from datetime import timedelta
 
 import torch.distributed as dist
 
 LOOPBACK = "127.0.0.1"
 _LISTEN_BACKLOG = 512
+_SIOCGIFFLAGS, _IFF_UP = 0x8913, 1  # Linux: ask for an interface's flags; the flag of being up
+
+
+def check_loopback() -> None:
+    """RuntimeError where the loopback interface is down: ranks would wait there for ever."""
+    if sys.platform != "linux":
+        return
+    request = struct.pack("16sH14x", b"lo", 0)
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        (flags,) = struct.unpack_from("H", fcntl.ioctl(asking, _SIOCGIFFLAGS, request), 16)
+        if not flags & _IFF_UP:
+            raise RuntimeError(
+                "the loopback interface is down, and ranks on one machine talk over it: "
+                "bring it up with `ip link set lo up` (in this network namespace, as root)"
+            )
 
 
 def open_store(timeout_s: float) -> dist.TCPStore:

@@ -46,6 +46,8 @@ class Session:
         self.group: Group | None = None
         self.store: Any = None
         limit = _START_S + _START_EACH_S * setup.nprocs
+        if not callable(setup.start):  # else ranks start elsewhere
+            rendezvous.check_loopback()
         if setup.start == "forkserver":
             servers.fork_server().wait_ready()
         try:

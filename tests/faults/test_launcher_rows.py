@@ -412,6 +412,26 @@ def test_row_15_nothing_listens_beyond_loopback_where_the_host_has_a_lan(tmp_pat
         assert program.out == "192.0.2.2 ['127.0.0.1']\n"
 
 
+@NEEDS_UNSHARE
+def test_row_15_loopback_that_is_down_is_said_at_once(tmp_path: Path) -> None:
+    script = """
+    import torch.distributed as dist
+    from pardemo import launch
+    for start in ("forkserver", "spawn"):
+        try:
+            launch(dist.get_rank, nprocs=2, start=start)
+        except RuntimeError as error:
+            print(error)
+    """
+    with nothing_left(tmp_path):
+        program = Program(tmp_path, script, command=["unshare", "--net", sys.executable])
+        assert program.end(60) == 0, program.err
+        said = program.out.splitlines()
+        assert len(said) == 2
+        assert all("loopback interface is down" in line for line in said)
+        assert all("`ip link set lo up`" in line for line in said)
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("start", ["forkserver", "spawn"])
