@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,13 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from pardemo.launch.api import Ranks
 from pardemo.launch.results import Results
-from pardemo.launch.servers import Started, _kill_group, _open_ends
+from pardemo.launch.servers import Started, _kill_group, _open_ends, temporary_folder
 from pardemo.parameters import Refused
 
 if TYPE_CHECKING:
     from pardemo.cluster.nodes import Nodes
 
-RANK = "import sys; from pardemo.launch.rank import main; main(*map(int, sys.argv[1:]))"
+RANK = (
+    "import sys; from pardemo.launch.rank import main; "
+    "main(*map(int, sys.argv[2:]), folder=sys.argv[1])"
+)
 PACKAGE = str(Path(__file__).parents[2])
 
 
@@ -86,17 +90,18 @@ def start(nodes: Nodes, nprocs: int) -> Started:
     """Start one rank process per rank, each inside its node."""
     ends, theirs = _open_ends(nprocs)
     path = os.pathsep.join(filter(None, [PACKAGE, os.environ.get("PYTHONPATH")]))
-    per_node = nprocs // len(nodes)
+    per_node, folder = nprocs // len(nodes), temporary_folder()
     processes: list[subprocess.Popen[Any]] = []
     try:
         for rank, fds in enumerate(theirs):
-            argv = [sys.executable, "-c", RANK, str(rank), *map(str, fds)]
+            argv = [sys.executable, "-c", RANK, folder, str(rank), *map(str, fds)]
             how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "start_new_session": True}
             where = rank // per_node
             processes.append(nodes.popen(where, argv, {"PYTHONPATH": path}, pass_fds=fds, **how))
     except BaseException:
         for process in processes:
             _kill_group(process.pid)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
         for fd in (fd for row in theirs for fd in row):
@@ -115,6 +120,7 @@ def start(nodes: Nodes, nprocs: int) -> Started:
     def release() -> None:
         for process in processes:
             process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
         for fd in (*watched, quiet, unused):
             os.close(fd)
 

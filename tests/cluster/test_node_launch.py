@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +48,20 @@ def test_the_cable_carries_what_the_formula_says(lab: Nodes) -> None:
     payload = 2 * (2 - 1) / 2 * 4 * ELEMENTS
     for one in sent:  # headers: 66 bytes for at least every 64 kB and at most every 1,448 bytes
         assert payload < one < payload * 1.12
+
+
+def load_with_a_worker() -> str:
+    manager = multiprocessing.get_context("fork").Manager()  # has a socket in a temporary folder
+    return str(manager.address)
+
+
+def test_ranks_on_nodes_leave_no_temporary_file(
+    lab: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    addresses = lab.launch(load_with_a_worker, timeout=120)
+    assert [address.startswith(f"{tmp_path}/pd-") for address in addresses] == [True, True]
+    assert list(tmp_path.iterdir()) == []
 
 
 def raise_on_one() -> None:
