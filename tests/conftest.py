@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,23 @@ if TYPE_CHECKING:
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # ranks share the cores with this process
+
+
+WANTED_FILES, LEAST_FILES = 1024, 256  # open files at a time: ranks, kernels and a browser
+
+
+def pytest_configure() -> None:
+    """Take as many open files as the system allows, or say in one line what the tests need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
+    if enough < LEAST_FILES:
+        pytest.exit(
+            f"the tests need {LEAST_FILES} open files at a time, and {hard} are allowed: "
+            f"raise the hard limit (ulimit -Hn, as root) to {WANTED_FILES}",
+            returncode=2,
+        )
+    if soft != resource.RLIM_INFINITY and soft < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
 def _group(size: int) -> Iterator[Ranks]:

@@ -81,6 +81,23 @@ def test_it_works_where_something_is_short(short: str, tmp_path: Path) -> None:
     assert done.stdout.endswith("it works\n"), done.stderr
 
 
+def collected(limits: str) -> subprocess.CompletedProcess[str]:
+    """What pytest says of the tests themselves under these limits on open files."""
+    return subprocess.run(
+        ["prlimit", f"--nofile={limits}", sys.executable, "-m", "pytest", "-q", "--collect-only",
+         "tests/test_data.py"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_the_tests_themselves_raise_a_low_limit_or_say_what_they_need() -> None:
+    assert collected("64:4096").returncode == 0
+    done = collected("64:64")
+    assert done.returncode == 2
+    assert "the tests need 256 open files at a time, and 64 are allowed" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
     """A folder that any user can reach, with a name that is awkward in every way."""
