@@ -65,7 +65,7 @@ class Plan:
 
     def __repr__(self) -> str:
         if not self.choices:
-            return f"no layout of {self.model.name} fits {self.cluster!r}: {self.counts}"
+            return f"no layout of {self.model.name} fits {self.cluster!r}: {self._counted()}"
         best = self.choices[0]
         return (
             f"{self.counts['fit']} of {self.counts['tried']} layouts of {self.model.name} fit "

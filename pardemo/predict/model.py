@@ -9,6 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+# the largest sizes that are taken for a model: a hundred times and more beyond any published one
+LARGEST = {
+    "layers": 100_000, "hidden": 10**7, "heads": 10**6, "ffn": 10**8, "vocab": 10**9, "seq": 10**9,
+    "kv_heads": 10**6, "experts": 100_000, "top_k": 100_000,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Transformer:
@@ -29,9 +35,13 @@ class Transformer:
     name: str = "transformer"
 
     def __post_init__(self) -> None:
-        for key in ("layers", "hidden", "heads", "ffn", "vocab", "seq"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        for key, most in LARGEST.items():
+            least, size = 0 if key in ("kv_heads", "experts") else 1, getattr(self, key)
+            if not least <= size <= most:
+                said = f"at least {least}" if size < least else f"at most {most:,}"
+                raise ValueError(f"{key} must be {said}, got {size:.6g}")
+        if self.experts and self.top_k > self.experts:
+            raise ValueError(f"top_k {self.top_k} is more than the {self.experts} experts")
         if self.hidden % self.heads:
             raise ValueError(f"hidden {self.hidden} is not divisible by {self.heads} heads")
         if self.heads % self.kv:

@@ -44,9 +44,13 @@ def parse_model(text: str) -> Transformer:
         if key not in (*SIZES, "gated", "tied"):
             known = ", ".join((*SIZES, "gated", "tied"))
             raise ValueError(f"--model: unknown size {key!r}; known: {known}")
-        if not value.isdigit():
-            raise ValueError(f"--model: {key} must be a whole number, got {value!r}")
-        sizes[key] = bool(int(value)) if key in ("gated", "tied") else int(value)
+        if not (value.isascii() and value.isdigit() and len(value) <= 40):
+            raise ValueError(f"--model: {key} must be a whole number, got {value[:40]!r}")
+        if key in sizes:
+            raise ValueError(f"--model: {key} is given twice")
+        if key in ("gated", "tied") and value not in ("0", "1"):
+            raise ValueError(f"--model: {key} is 0 or 1, got {value!r}")
+        sizes[key] = value == "1" if key in ("gated", "tied") else int(value)
     if name:
         return model(name, **sizes)
     missing = [k for k in SIZES[:6] if k not in sizes]
@@ -58,8 +62,10 @@ def parse_model(text: str) -> Transformer:
 def make_plan(options: argparse.Namespace) -> Plan:
     """The plan the options ask for."""
     name, _, count = str(options.cluster).rpartition(":")
-    if not name or not count.isdigit():
+    if not name or not (count.isascii() and count.isdigit() and len(count) <= 40):
         name, count = str(options.cluster), ""
+    if not name:
+        raise ValueError(f"--cluster: no profile is named; shipped: {', '.join(shipped())}")
     profile = load(name)
     ranks = int(count or profile.per_node) if options.ranks is None else options.ranks
     memory_gb = profile.memory_bytes / 1e9 if options.memory_gb is None else options.memory_gb
@@ -83,6 +89,7 @@ def run_plan(options: argparse.Namespace) -> int:
     plan = make_plan(options)
     print(plan.table(options.rows))
     if not plan.choices:
+        print(f"pardemo plan: {plan!r}", file=sys.stderr)
         return 1
     print("\n" + plan.picture(options.rows))
     print("\nthe first, term by term")

@@ -12,6 +12,7 @@ import numpy as np
 
 from pardemo.predict.columns import Columns, finish, take
 from pardemo.predict.gpus import Gpu, gpu, network_of
+from pardemo.predict.model import LARGEST
 from pardemo.predict.runs_read import iterations, layout_rows, training
 from pardemo.predict.tables import Table, TableError
 
@@ -50,13 +51,16 @@ class Runs:
 def runs(table: Table) -> Runs:
     """The runs of an "iterations", "layouts" or "training" table."""
     readers = {"iterations": iterations, "layouts": layout_rows, "training": training}
-    c, seconds, memory, ran = readers[table.kind](table)
+    with np.errstate(all="ignore"):  # a zero or an absurd size drops its row below, with a reason
+        c, seconds, memory, ran = readers[table.kind](table)
     names = table.text("gpu", "A100")
     facts = [gpu(name) for name in names]
     c |= _machine(table, names, facts, c)
     capacity = np.array([g.memory_bytes for g in facts])
     per_node = table.numbers("gpus_per_node", 8.0)
     nodes = table.numbers("nodes")
+    for name, column in (("gpus_per_node", per_node), ("nodes", nodes)):
+        c[name] = np.where(np.isfinite(column), column, 1.0)
     bad, skipped = _unusable(table, c, seconds, memory, ran)
     if bad.all():
         why = "; ".join(f"{v} rows: {k}" for k, v in skipped.items())
@@ -145,9 +149,13 @@ def _unusable(
     stated = table.numbers("n_gpus", np.nan) if table.has("n_gpus") else table.numbers("gpus")
     reasons = {
         "a size is missing or below 1": ~_all_positive(c),
+        "a size is beyond any model or cluster": _absurd(c),
+        "zero is missing or not 0, 1, 2 or 3": ~np.isin(
+            c.get("zero", np.zeros(len(table))), (0, 1, 2, 3)
+        ),
         "neither a time nor a memory reading": ~(np.isfinite(seconds) | np.isfinite(memory) | ~ran),
         "dp x tp x pp is not the number of GPUs": np.isfinite(stated) & (stated != product),
-        "a time or memory that is not positive": (seconds <= 0) | (memory <= 0),
+        "a time below a nanosecond or memory below a byte": (seconds < 1e-9) | (memory < 1),
     }
     bad = np.zeros(len(table), bool)
     skipped = {}
@@ -161,8 +169,16 @@ def _unusable(
 
 def _all_positive(c: Columns) -> np.ndarray:
     keys = ("layers", "hidden", "heads", "ffn", "vocab", "seq", "dp", "tp", "pp", "microbatch")
-    stacked = np.stack([c[k] for k in (*keys, "microbatches", "cp")])
+    keys += ("microbatches", "cp", "nodes", "gpus_per_node")
+    stacked = np.stack([c[k] for k in keys])
     return (np.isfinite(stacked) & (stacked >= 1)).all(axis=0)
+
+
+def _absurd(c: Columns) -> np.ndarray:
+    """Rows with a size that no model or cluster has; the physics would loop or overflow."""
+    most = {k: LARGEST[k] for k in ("layers", "hidden", "heads", "ffn", "vocab", "seq")}
+    most |= dict.fromkeys(("dp", "tp", "pp", "cp", "microbatch", "microbatches", "nodes"), 10**7)
+    return np.any([c[k] > v for k, v in most.items()], axis=0)
 
 
 def _machine(table: Table, names: list[str], facts: list[Gpu], c: Columns) -> Columns:

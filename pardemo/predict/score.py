@@ -12,7 +12,7 @@ from pardemo.predict.score_collectives import score_collectives
 from pardemo.predict.score_other import score_ddp
 from pardemo.predict.score_runs import score_runs
 from pardemo.predict.stats import finite, percent
-from pardemo.predict.tables import read
+from pardemo.predict.tables import TableError, read
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,8 @@ def score(path: str | Path, calibrate_rows: int | None = None, seed: int = 0) ->
     calibrate_rows None means 50, or half of a small table (every other inner point for
     collectives). TableError (a ValueError) with one line for a file that cannot be used.
     """
+    if not 0 <= seed < 2**63:
+        raise TableError(f"--seed must be at least 0 and below 2^63, got {seed}")
     table = read(path)
     if table.kind == "collectives":
         return Score(str(path), table.kind, seed, score_collectives(table, calibrate_rows, seed))

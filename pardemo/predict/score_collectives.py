@@ -54,7 +54,7 @@ def collective_times(table: Table) -> tuple[list[Key], np.ndarray, np.ndarray]:
         for g, k, r, n in zip(machine, kinds, ranks, nodes, strict=True)
     ]
     bad = ~(np.isfinite(seconds) & np.isfinite(size) & (seconds > 0) & (size > 0) & (ranks >= 2))
-    bad |= ~(nodes >= 1)
+    bad |= ~(nodes >= 1) | (nodes > 1e7) | (ranks > 1e7)
     if bad.all():
         raise TableError(f"{table.path}: no row has a positive size, a time and 2 ranks or more")
     good = np.flatnonzero(~bad)

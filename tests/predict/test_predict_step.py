@@ -238,3 +238,17 @@ def test_ring_attention_pays_for_single_operators_less_the_fused_kernel():
     p = _machine(compute=[*rows("attention", 1e10), *rows("scores", 2e9)])
     (ring,) = wrapper_terms(p, ring_flops=4e7, ring_blocks=4)
     assert ring.value == pytest.approx(3 * 4e7 / 2e9 - 3 * 4e7 / 1e10, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"layers": "9" * 20}, {"seq": "9" * 20}, {"experts": "9" * 20}, {"layers": "²"},
+     {"layers": "1,layers=2"}, {"gated": "2"}, {"experts": "8", "top_k": "9"}, {"heads": "0"}],
+)  # fmt: skip
+def test_a_plan_of_an_impossible_model_is_one_line_and_exit_two(change, capsys):
+    sizes = {"layers": "4", "hidden": "64", "heads": "4", "ffn": "256", "vocab": "99", "seq": "64"}
+    words = ",".join(f"{k}={v}" for k, v in (sizes | change).items())
+    assert plan_main(["--model", words]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
