@@ -4,7 +4,9 @@ Split      every sample's tokens: rank r holds T/c of the T positions ("contiguo
            and a late piece of T/2c ("zigzag": causal attention is then equal work for all).
 Sent       inside attention, per layer: ring attention's (c-1)/c KV forward and twice that backward,
            or Ulysses' eight all-to-alls (their files say it exactly). Once per step an all-reduce
-           of the gradients, 2(c-1)/c P b: every rank saw other tokens.
+           of the gradients, 2(c-1)/c P b: every rank saw other tokens. A mixture of experts counts
+           over all tokens: per layer an all-gather of the E counts of each rank, and where experts
+           have a capacity another of E counts for every piece of every sample (routing.py).
 Memory     activations of T/c positions; parameters, gradients and optimiser state whole.
 Paper      Liu et al. 2023, "Ring Attention"; Jacobs et al. 2023, "DeepSpeed Ulysses".
 
@@ -22,8 +24,8 @@ import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from pardemo.strategies import base, parts
-from pardemo.strategies.ring_attention import RingAttention, positions_of
+from pardemo.strategies import base, parts, routing
+from pardemo.strategies.ring_attention import RingAttention, chunks_of, positions_of
 from pardemo.strategies.ulysses import UlyssesAttention
 
 METHODS = ("ring", "ulysses")
@@ -86,6 +88,8 @@ class Context(base.Step):
             return
         where = positions_of(self.axis.rank, self.axis.size, length, self.balance).to(self.device)
         with _standing_at(self.model, where):
+            for layer in routing.seams(self.model):
+                layer.exchange.samples = inputs.shape[0]
             yield inputs[:, where], targets[:, where]
 
     @contextlib.contextmanager
@@ -161,6 +165,11 @@ def _refuse(
         raise base.StrategyError(
             "torch's context_parallel has no attention handler for CPU tensors: leave library=False"
         )
+    if library and routing.seams(model):
+        raise base.StrategyError(
+            "torch's context_parallel orders positions itself, but experts are counted in the "
+            "order of the batch: leave library=False"
+        )
     against = reasons_against(model, axis.size, 0) if axis.size > 1 else []
     if against:
         raise base.StrategyError(against[0])
@@ -181,6 +190,9 @@ def build(
         seams: list[Any] = [m for m in model.modules() if hasattr(m, "attend")]
         for module in seams:
             module.attend = ring if method == "ring" else UlyssesAttention(axis.group)
+        pieces = [chunks_of(rank, axis.size, balance) for rank in range(axis.size)]
+        for layer in routing.seams(model):
+            layer.exchange = routing.CountPositions(axis.group, layer.exchange, pieces)
     return Context(
         model, make_optimizer(model.parameters()), loss, mesh, balance, library, accumulate,
         clip_grad,

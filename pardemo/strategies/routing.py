@@ -61,6 +61,51 @@ class CountTogether:
         return self.here.run(experts, rows, counts)
 
 
+class CountPositions(CountTogether):
+    """All experts on every rank, which holds some positions of every sample: for context parallel.
+
+    `chunks[rank]` are the pieces of each sequence that a rank holds, in its order; `samples` is set
+    before every forward. Positions of other ranks lie between this rank's own, so how many choices
+    came before one differs from piece to piece. It is asked only where experts have a capacity.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, here: Any, chunks: list[list[int]]) -> None:
+        super().__init__(group, here)
+        self.chunks, self.samples = chunks, 1
+
+    def meet(self, counts: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """(to be indexed by this rank's choices: those that came before them, on all ranks)."""
+        return _Earlier(self, len(counts)), super().meet(counts)[1]
+
+    def earlier(self, picked: torch.Tensor, experts: int) -> torch.Tensor:
+        """For each choice (N k,): those of its expert before its piece, without this rank's own."""
+        pieces = self.samples * len(self.chunks[self.rank])
+        piece = torch.arange(len(picked), device=picked.device) // (len(picked) // pieces)
+        own = torch.bincount(piece * experts + picked, minlength=pieces * experts)
+        rows = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(rows, own, group=self.group)  # moves (n-1)/n * n pieces E integers
+        shape = (self.samples, -1, experts)
+        order = torch.tensor([c for chunks in self.chunks for c in chunks], device=picked.device)
+        everyone = torch.cat([row.view(shape) for row in rows], dim=1)[:, order.argsort()]
+        before = _before(everyone.flatten(0, 1)).view(shape)[:, self.chunks[self.rank]]
+        return (before.flatten(0, 1) - _before(own.view(-1, experts)))[piece, picked]
+
+
+class _Earlier:
+    """What MoE adds to the place of its choices, found when it asks with `[picked]`."""
+
+    def __init__(self, exchange: CountPositions, experts: int) -> None:
+        self.exchange, self.experts = exchange, experts
+
+    def __getitem__(self, picked: torch.Tensor) -> torch.Tensor:
+        return self.exchange.earlier(picked, self.experts)
+
+
+def _before(counts: torch.Tensor) -> torch.Tensor:
+    """Sums of the rows before each row."""
+    return counts.cumsum(dim=0) - counts
+
+
 class SendToExperts(CountTogether):
     """Each rank holds the experts `owned[rank]`; rows travel to them and back.
 

@@ -202,7 +202,14 @@ def _context(scene: Scene, rank: int, routed: Routed | None) -> list[Message] | 
         kv_bytes=2 * tokens * config.n_embd * scene.element_bytes,
         bytes_per_element=scene.element_bytes,
     )  # fmt: skip
-    return [*sent.messages, loss_sum("cp", scene.ranks)]
+    full = [x for x in routing.seams(scene.model) if getattr(x, "capacity_factor", None)]
+    pieces = message(
+        "all_gather", "cp", scene.ranks,
+        sum(8 * len(x.experts) * samples(inputs) * scene.ranks for x in full),
+        "(n-1)/n choices per expert, sample and piece", len(full), phase="forward",
+    )  # fmt: skip
+    told = [*facts.choices(scene.model, "cp", scene.ranks), *([pieces] if full else [])]
+    return [*sent.messages, *told, loss_sum("cp", scene.ranks)]
 
 
 @form("tensor")

@@ -61,6 +61,30 @@ def test_data_parallel_strategies_count_choices_over_the_whole_batch(
     assert said, said
 
 
+@pytest.mark.parametrize("knobs", [{}, {"balance": "zigzag"}, {"method": "ulysses"}])
+@pytest.mark.parametrize("change", [{"capacity_factor": 0.5, "aux_weight": 1.0}, *CONFIGS[1:2]])
+def test_positions_on_several_ranks_are_counted_in_the_order_of_the_batch(
+    ranks2: Ranks, change: dict[str, Any], knobs: dict[str, Any]
+) -> None:
+    work = mini_moe(replace(SMALL, **change))
+    said = check.strategy("context", work, 2, batch_size=[3, 4], ranks=ranks2, **knobs)
+    assert said, said
+
+
+def test_the_check_catches_choices_counted_over_this_ranks_positions(ranks2: Ranks) -> None:
+    def forgetful(model: Any, make_optimizer: Any, loss: Any, mesh: Any) -> Any:
+        step = strategies.get("context").build(model, make_optimizer, loss, mesh)
+        for layer in layers(step.model):
+            group, here = layer.exchange.group, layer.exchange.here
+            layer.exchange = routing.CountTogether(group, here)  # ranks one after another
+            layer.exchange.samples = 0
+        return step
+
+    work = mini_moe(replace(SMALL, capacity_factor=0.5))
+    row = replace(strategies.get("context"), build=forgetful)
+    assert not check.strategy(row, work, 2, batch_size=4, ranks=ranks2)
+
+
 def test_the_check_catches_a_balance_loss_over_part_of_the_batch(ranks2: Ranks) -> None:
     def forgetful(model: Any, make_optimizer: Any, loss: Any, mesh: Any) -> Any:
         step = strategies.get("ddp").build(model, make_optimizer, loss, mesh)
