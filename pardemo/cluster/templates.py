@@ -131,20 +131,40 @@ def _slurm(plan: Plan) -> str:
         head.append(f"#SBATCH --gpus-per-node={plan.gpus_per_node}")
     head += [f"#SBATCH --partition={plan.partition}"] if plan.partition else []
     head += [f"#SBATCH --account={plan.account}"] if plan.account else []
+    return "\n".join([*head, "", *_slurm_body(plan), ""])
+
+
+# Bash: what happens when Slurm's USR1 comes, on its way and after the step has ended.
+NEAR_THE_END = """\
+# Near the time limit Slurm sends USR1: have the ranks save, and start the job again
+told= step=
+near_the_end() {
+  told=1
+  for _ in $(seq 12); do
+    kill -0 "$step" 2>/dev/null || return 0
+    scancel --signal=USR1 "$SLURM_JOB_ID" || true   # to the ranks; pardemo run saves
+    sleep 5
+  done
+}
+trap near_the_end USR1"""
+AFTERWARDS = """\
+step=$! code=0
+wait "$step" || code=$?
+if [[ "$told" && "$code" -gt 128 ]]; then   # USR1 has ended the wait, not the step
+  code=0; wait "$step" || code=$?
+fi
+[[ "$code" != 0 ]] || exit 0
+if [[ "$told" && "${SLURM_RESTART_COUNT:-0}" -lt 20 ]]; then   # not for ever
+  scontrol requeue "$SLURM_JOB_ID" && sleep 60
+  exit 85
+fi"""
+
+
+def _slurm_body(plan: Plan) -> list[str]:
     master = shlex.quote(plan.master) if plan.master else '"$(head -n 1 <<<"$hosts")"'
-    body = [
+    return [
         "set -euo pipefail",
-        "# Near the time limit Slurm sends USR1: have the ranks save, and start the job again",
-        "told= step=",
-        "near_the_end() {",
-        "  told=1",
-        "  for _ in $(seq 12); do",
-        '    kill -0 "$step" 2>/dev/null || return 0',
-        '    scancel --signal=USR1 "$SLURM_JOB_ID" || true   # to the ranks; pardemo run saves',
-        "    sleep 5",
-        "  done",
-        "}",
-        "trap near_the_end USR1",
+        NEAR_THE_END,
         'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
         f"master={master}                      # rank 0's node; all nodes must reach it",
         "port=$((20000 + SLURM_JOB_ID % 10000))   # two jobs on one node must not meet",
@@ -157,22 +177,12 @@ def _slurm(plan: Plan) -> str:
         '  --master-addr="$master" --master-port="$port" --rdzv-conf=timeout=300 \\',
         f'  --log-dir={shlex.quote(plan.folder)}/logs-"$SLURM_JOB_ID" \\',
         f"  {shlex.join(plan.words)} &",
-        "step=$! code=0",
-        'wait "$step" || code=$?',
-        'if [[ "$told" && "$code" -gt 128 ]]; then   # USR1 has ended the wait, not the step',
-        '  code=0; wait "$step" || code=$?',
-        "fi",
-        '[[ "$code" != 0 ]] || exit 0',
-        'if [[ "$told" && "${SLURM_RESTART_COUNT:-0}" -lt 20 ]]; then   # not for ever',
-        '  scontrol requeue "$SLURM_JOB_ID" && sleep 60',
-        "  exit 85",
-        "fi",
+        AFTERWARDS,
         "# When a node is lost, the others fail before Slurm has noticed. So ask every node; where",
         "# one is silent wait for Slurm: it ends the job and, with --requeue, starts it again.",
         f"timeout 60 srun --nodes={plan.nodes} --ntasks-per-node=1 true || sleep 900",
         'exit "$code"                         # a failure is never recorded as COMPLETED',
     ]
-    return "\n".join([*head, "", *body, ""])
 
 
 def _knocking(host: str, port: int) -> list[str]:
