@@ -179,6 +179,7 @@ def settle(parameters: Iterable[torch.Tensor]) -> None:
             p.grad = grad.redistribute(placements=p.placements)  # moves 2(n-1)/n * its bytes
 
 
+@torch.no_grad()
 def add_gradients(parameters: Iterable[torch.Tensor], group: dist.ProcessGroup | None) -> None:
     """Sum the gradients of all trainable parameters over `group`, in place.
 

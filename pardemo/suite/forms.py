@@ -5,9 +5,11 @@ Nothing here runs a rank. A strategy without a form gives None, and the table sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch.nn as nn
 
 from pardemo.predict import SentBytes, padded, sent_bytes
 from pardemo.predict.sent import Message, message
@@ -65,6 +67,13 @@ def closed_form(
 def loss_sum(axis: str, ranks: int, size: float = LOSS_BYTES) -> Message:
     """The reported loss, summed over one axis after the step."""
     return message("all_reduce", axis, ranks, size, "2(n-1)/n * loss", phase="forward")
+
+
+def flags(scene: Scene, parameters: Iterable[nn.Parameter], axis: str, ranks: int) -> list[Message]:
+    """After gradients are summed: had any rank one where the sum is zero (parts.add_gradients)?"""
+    zero = len(scene.idle.intersection(parameters)) if ranks > 1 else 0
+    text = "2(n-1)/n 4 B per gradient that is zero"
+    return [message("all_reduce", axis, ranks, 4 * zero, text)] if zero else []
 
 
 def _replicated(scene: Scene) -> list[Message]:
@@ -209,6 +218,7 @@ def _context(scene: Scene, rank: int, routed: Routed | None) -> list[Message] | 
         "(n-1)/n choices per expert, sample and piece", len(full), phase="forward",
     )  # fmt: skip
     told = [*facts.choices(scene.model, "cp", scene.ranks), *([pieces] if full else [])]
+    told += flags(scene, scene.parameters, "cp", scene.ranks)
     return [*sent.messages, *told, loss_sum("cp", scene.ranks)]
 
 
@@ -230,7 +240,8 @@ def _expert(scene: Scene, rank: int, routed: Routed | None) -> list[Message] | N
         return None
     away = sum(routed.away) + sum(routed.guests) if routed else _evenly(scene, layers)
     experts = {p for layer in layers for p in layer.experts.parameters()}
-    rest = sum(p.numel() for p in scene.parameters if p not in experts)
+    shared = [p for p in scene.parameters if p not in experts]
+    rest = sum(p.numel() for p in shared)
     counts = sum(8 * (len(x.experts) - _share(len(x.experts), n, rank)) for x in layers)
     rows, text = away * width * b, "(rows sent away + guests' rows) D b"
     return [
@@ -239,6 +250,7 @@ def _expert(scene: Scene, rank: int, routed: Routed | None) -> list[Message] | N
                 f"counts + {text}", "forward", n),
         Message("all_to_all", "ep", 2 * len(layers), rows, rows, text, "backward", n),
         message("all_reduce", "ep", n, rest * b, "2(e-1)/e P_shared b"),
+        *flags(scene, shared, "ep", n),
         loss_sum("ep", n),
     ]  # fmt: skip
 

@@ -8,7 +8,7 @@ from pardemo.strategies import fsdp
 from pardemo.strategies.base import take_shard
 
 from . import scene as facts
-from .forms import CHAIN_LOSS_BYTES, Routed, chain, form, loss_sum
+from .forms import CHAIN_LOSS_BYTES, Routed, chain, flags, form, loss_sum
 from .scene import Scene
 
 
@@ -34,7 +34,8 @@ def _dp_tp(scene: Scene, rank: int, routed: Routed | None) -> list[Message]:
     held = facts.held_bytes(facts.slices(scene.model, t))
     return [
         *found.messages(t), *_replicas_sum(held, d, "(sliced P / t + whole P) b"),
-        *facts.batchnorm(scene.model, {"dp": d}), loss_sum("dp", d),
+        *flags(scene, scene.parameters, "dp", d), *facts.batchnorm(scene.model, {"dp": d}),
+        loss_sum("dp", d),
     ]  # fmt: skip
 
 
@@ -79,6 +80,7 @@ def pipeline(name: str, scene: Scene, rank: int, microbatches: int = 0) -> list[
     if d > 1:
         held = facts.held_bytes(facts.slices(mine, t))
         found += _replicas_sum(held, d, "P_stage b" if t == 1 else "P_stage of this slice b")
+        found += flags(scene, mine.parameters(), "dp", d)
         found += facts.batchnorm(mine, {"dp": d}, m)
         found.append(loss_sum("dp", d, CHAIN_LOSS_BYTES))
     return found

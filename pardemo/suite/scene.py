@@ -102,6 +102,18 @@ class Scene:
         return plan.count(size, stages)
 
     @cached_property
+    def idle(self) -> set[nn.Parameter]:
+        """Trainable parameters whose gradient is zero, or missing, on this batch in one process."""
+        copied = copy.deepcopy(self.model)
+        inputs, targets = self.batch(self.batch_size)
+        with torch.random.fork_rng(devices=[]):
+            loss = self.work.loss(base.call(copied, inputs), targets)
+        if loss.requires_grad:
+            loss.backward()
+        both = zip(self.model.parameters(), copied.parameters(), strict=True)
+        return {p for p, q in both if p.requires_grad and (q.grad is None or not q.grad.any())}
+
+    @cached_property
     def alive(self) -> dict[Any, float]:
         """Bytes of activations by samples and how the layers are cut, once they were weighed."""
         return {}

@@ -141,6 +141,18 @@ def test_a_knob_that_changes_the_shapes_otherwise_has_no_forecast() -> None:
     assert weights.forecast("tensor", scene, 0, 2, {"loss_parallel": True}) == {}
 
 
+def test_who_has_a_gradient_is_asked_where_the_sum_is_zero(ranks4: Ranks) -> None:
+    scene = Scene(workload("tests.strategies.unseen:unused"), 4, 12)
+    assert len(scene.idle) == 2  # weight and bias of the layer that is never called
+    seen = ranks4(inside.look, inside.Maker("dp_tp", scene.work, 12), 4)
+    for rank, one in enumerate(seen):
+        same_bytes("dp_tp", scene, rank, one)
+        formula = closed_form("dp_tp", scene, rank)
+        assert formula is not None
+        (asked,) = [m for m in formula.messages if "that is zero" in m.formula]
+        assert asked.sent_bytes == 2 * 4  # 2(d-1)/d = 1
+
+
 def test_one_rank_sends_nothing_and_an_unknown_strategy_has_no_form() -> None:
     assert closed_form("ddp", Scene(workload("mlp"), 1, BATCH), 0).total == 0
     assert closed_form("mine", Scene(workload("mlp"), 2, BATCH), 0) is None
