@@ -89,7 +89,13 @@ def test_a_drained_node_is_waited_for_and_the_doctor_names_it(slurm: Slurm, tmp_
     assert "nothing on node n2: it is drained (planted); jobs that need it stay" in finding.text
     assert "scontrol update nodename=n2 state=resume" in finding.remedy
     slurm.run("scontrol", "update", "nodename=n2", "state=resume")
-    assert slurm.wait(job)["JobState"] == "COMPLETED"
+    deadline = time.monotonic() + 60
+    while slurm.state(job)["JobState"] not in ("RUNNING", "COMPLETED"):
+        assert time.monotonic() < deadline, slurm.state(job)
+        time.sleep(0.2)
+    slurm.run("scancel", job)
+    slurm.wait(job)
+    assert gone(slurm)
     assert [str(one) for one in doctor.slurm(slurm.env)] == ["ok    Slurm can use its 2 nodes"]
 
 

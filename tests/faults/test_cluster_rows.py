@@ -137,7 +137,7 @@ def test_20_a_pulled_cable_ends_at_the_outer_deadline(lab: Nodes, tmp_path: Path
     words = [*LONG, "--folder", str(tmp_path)]
     lab.plug(1, False)
     with pytest.raises(subprocess.TimeoutExpired):
-        torchrun.run_on_nodes(lab, words, tmp_path / "logs", timeout=15)
+        torchrun.run_on_nodes(lab, words, tmp_path / "logs", timeout=8)
     lab.plug(1, True)
     for _ in range(50):
         if not (left := lab.run(0, [sys.executable, "-I", "-c", AGENTS]).stdout.strip()):
@@ -194,7 +194,10 @@ def test_21_a_rank_says_soon_that_rank_0_does_not_answer(
 def test_21_the_script_says_soon_that_node_0_does_not_answer(tmp_path: Path) -> None:
     port = free_port()
     plan = Plan(master="127.0.0.1", port=port, folder=str(tmp_path), python="false")
-    argv, environment = ["bash", "-s", "1"], {**os.environ, "JOIN_S": "11"}
+    argv, environment = (
+        ["bash", "-s", "1"],
+        {**os.environ, "JOIN_S": "11", "SECONDS": "9"},
+    )  # as if it had waited for 9 s
     done = subprocess.run(
         argv, input=template("torchrun", plan), env=environment, capture_output=True, text=True
     )

@@ -198,19 +198,19 @@ def test_row_12_too_few_descriptors_are_named(tmp_path: Path) -> None:
     launch(dist.get_rank, nprocs=2)
     resource.setrlimit(resource.RLIMIT_NOFILE, (30, limit[1]))
     try:
-        launch(dist.get_rank, nprocs=8)
+        launch(dist.get_rank, nprocs=4)
     except OSError as error:
         print(error)
     resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-    print(list(launch(dist.get_rank, nprocs=8)))
+    print(list(launch(dist.get_rank, nprocs=4)))
     """
     with nothing_left(tmp_path):
         program = Program(tmp_path, script)
         assert program.end(150) == 0, program.err
         said, after = program.out.splitlines()
-        assert "8 ranks need" in said
+        assert "4 ranks need" in said
         assert "ulimit -n" in said
-        assert after == str(list(range(8)))
+        assert after == str(list(range(4)))
 
 
 def test_row_12_a_fork_server_that_cannot_fork_says_why(tmp_path: Path) -> None:
