@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from pardemo import count, predict
+from pardemo.models import ResNet50
 
 D, H, OUT = 64, 256, 32
 
@@ -132,3 +133,31 @@ def test_the_fake_world_is_gone_afterwards_and_refuses_a_second_one():
         ):
             pass
     assert not dist.is_initialized()
+
+
+class Translator(nn.Module):
+    """A plain encoder and decoder that read the same sequence."""
+
+    def __init__(self, hidden: int, heads: int, layers: int, ffn: int) -> None:
+        super().__init__()
+        self.both = nn.Transformer(hidden, heads, layers, layers, ffn, 0.0, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.both(x, x)
+
+
+def test_an_encoder_and_decoder_are_counted_as_their_formula():
+    h, s, f, layers = 64, 32, 256, 2
+    x = torch.zeros(3, s, h)
+    seen = count.describe(lambda: Translator(h, 4, layers, f), F.mse_loss, (x, x))
+    # per token: an attention 8 h^2 + 4 s h, an MLP 4 h f; the decoder attends twice
+    attention, mlp = 8 * h * h + 4 * s * h, 4 * h * f
+    assert seen.forward_flops == 3 * s * layers * (3 * attention + 2 * mlp)
+
+
+def test_resnet50_is_counted_as_published():
+    x, y = torch.zeros(2, 3, 224, 224, device="meta"), torch.zeros(2, dtype=torch.long)
+    seen = count.describe(ResNet50, F.cross_entropy, (x, y))
+    assert seen.parameters == 25_557_032  # torchvision's count
+    # He 2016, table 1: 3.8e9 multiply-adds; 4.09e9 with the stride on the 3x3, as torchvision
+    assert seen.forward_flops / 2 == pytest.approx(2 * 4.09e9, rel=0.01)

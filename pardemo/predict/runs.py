@@ -168,8 +168,8 @@ def _unusable(
 
 
 def _all_positive(c: Columns) -> np.ndarray:
-    keys = ("layers", "hidden", "heads", "ffn", "vocab", "seq", "dp", "tp", "pp", "microbatch")
-    keys += ("microbatches", "cp", "nodes", "gpus_per_node")
+    keys = ["layers", "hidden", "heads", "ffn", "vocab", "seq", "dp", "tp", "pp", "microbatch"]
+    keys += ["microbatches", "cp", "nodes", "gpus_per_node"]
     stacked = np.stack([c[k] for k in keys])
     return (np.isfinite(stacked) & (stacked >= 1)).all(axis=0)
 
