@@ -211,6 +211,35 @@ def fake_world(ranks: int, rank: int = 0) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+class _Chunks:
+    """torch.chunk's pieces of a tensor, empty ones included, made only when asked for."""
+
+    def __init__(self, tensor: torch.Tensor, count: int, dim: int) -> None:
+        self.tensor, self.count, self.dim = tensor, count, dim
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        size = self.tensor.size(self.dim)
+        each = -(-size // self.count)
+        start = min(i * each, size)
+        return self.tensor.narrow(self.dim, start, min(each, size - start))
+
+
+@contextlib.contextmanager
+def _lazy_chunks() -> Iterator[None]:
+    """FSDP2 cuts each parameter into as many fake tensors as ranks and uses two: make those two."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    own = getattr(_fsdp_param, "_chunk_with_empty", None)
+    if own is None:  # another torch: slower, the same counts
+        yield
+        return
+    _fsdp_param._chunk_with_empty = _Chunks  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _fsdp_param._chunk_with_empty = own
+
+
 def messages(
     build: Callable[[DeviceMesh], Callable[[], object]],
     axes: dict[str, int],
@@ -233,5 +262,6 @@ def messages(
         # a mesh reads values of its rank table, so it must not be fake
         mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
-            step = build(mesh)
+            with _lazy_chunks():
+                step = build(mesh)
             return count(step, warmup)
