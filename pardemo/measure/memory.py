@@ -180,7 +180,7 @@ class _Scale(TorchDispatchMode):
             if before == size or tensor.device.type == "meta":
                 return
             if before is None:
-                weakref.finalize(storage, self._gone, key)
+                weakref.finalize(storage, _tell, weakref.WeakMethod(self._gone), key)
             self._known[key] = size
             self.live += size - (before or 0)
             if at_peak and self.live > self.peak:
@@ -203,7 +203,7 @@ class _Scale(TorchDispatchMode):
                 self.saved += entry[1]
                 self.saved_peak = max(self.saved_peak, self.saved)
             entry[0] += 1
-        weakref.finalize(kept, self._released, storage._cdata)
+        weakref.finalize(kept, _tell, weakref.WeakMethod(self._released), storage._cdata)
         return kept
 
     def _released(self, key: int) -> None:
@@ -220,6 +220,17 @@ class _Scale(TorchDispatchMode):
         key = tensor.untyped_storage()._cdata
         own = (*self.model.parameters(), *self.model.buffers())
         return any(_local(t).untyped_storage()._cdata == key for t in own)
+
+
+def _tell(method: weakref.WeakMethod[Callable[[int], None]], key: int) -> None:
+    """Call a scale's method unless the scale is gone.
+
+    What `finalize` calls lives as long as what it watches: a scale held by it would hold its model,
+    and so the very tensors that are watched, for ever.
+    """
+    found = method()
+    if found is not None:
+        found(key)
 
 
 class _InThread(TorchDispatchMode):

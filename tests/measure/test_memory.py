@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -154,3 +156,13 @@ def test_fully_sharded_states_are_half_on_two_ranks(ranks2):
         assert found.optimizer_bytes == pytest.approx(PARAMETERS * FLOAT, abs=64)
         scalar = found.activations_bytes - BATCH * (IN + HIDDEN + OUT) * FLOAT
         assert 0 <= scalar <= 16
+
+
+def test_nothing_that_was_weighed_is_kept():
+    """Seen to fail while finalizers held the scale: each weighing kept a model for ever."""
+    net, step = trained()
+    weigh(step, net)
+    gone = weakref.ref(net)
+    del net, step
+    gc.collect()
+    assert gone() is None
