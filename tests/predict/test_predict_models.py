@@ -249,7 +249,7 @@ def test_a_profile_without_a_network_says_so():
         predict.step(predict.model("llama3-8b"), Layout(dp=16), p)
 
 
-def test_stages_balanced_by_cost_follow_the_published_rule_by_hand():
+def test_stages_balanced_by_cost_by_hand():
     # 16 layers and a head as costly as 4: a quarter is 5, a half 10, so 5, 5, 5, 1
     counts, head = by_cost(16, 4.0, 4)
     assert list(counts) == [5, 5, 5, 1]
