@@ -219,22 +219,31 @@ def test_bytes_flipped_anywhere_are_noticed_never_believed(tmp_path: Path, seed:
     assert noticed > 0
 
 
-def test_a_file_that_may_not_be_written_is_named_in_one_line(tmp_path: Path) -> None:
+def test_a_file_that_may_not_be_written_is_read_and_named_when_written(tmp_path: Path) -> None:
     """Row 33. Without the capability by which root writes everywhere."""
     path = tmp_path / "results" / "pardemo.sqlite"
     fill(path)
-    source = "import sys; from pardemo import cli; sys.exit(cli.main(sys.argv[1:]))"
+    source = """
+import sys
+from pardemo import cli, records
+code = cli.main(["records", "--results", sys.argv[1]])
+try:
+    records.open(sys.argv[1] + "/pardemo.sqlite").begin("sweep")
+except records.StoreError as error:
+    sys.exit(f"{code}: {error}")
+"""
     for entry in [path, path.parent]:
         entry.chmod(stat.S_IMODE(entry.stat().st_mode) & ~0o222)
     powerless = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
     done = subprocess.run(
-        [*(powerless if os.geteuid() == 0 else []), sys.executable, "-c", source,
-         "records", "--results", path.parent],
+        [*(powerless if os.geteuid() == 0 else []), sys.executable, "-c", source, path.parent],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     path.parent.chmod(0o700)
-    assert done.stderr == f"pardemo: cannot write records to {path}: Permission denied\n"
-    assert done.returncode == 1
+    assert "  done  started" in done.stdout
+    assert done.stderr.startswith(f"0: {path} cannot be written: ")
+    assert done.stderr.endswith("; check its permissions\n")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_clock_that_steps_back_changes_no_order_and_no_duration(

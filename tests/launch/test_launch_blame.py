@@ -34,6 +34,8 @@ def test_twenty_of_twenty_are_named(fault: Fault, start: str) -> None:
         culprit = i % 3
         error = blamed(fault, culprit, nprocs=3, start=start)
         says = fault.says.replace("rank 1", f"rank {culprit}")
+        if culprit == 0 and fault.run.__name__ == "misses_the_barrier":
+            says = "rank 0 of 3 did not come"  # nobody but rank 0 keeps torch's own list
         assert (error.rank, says in str(error)) == (culprit, True), str(error)
 
 
