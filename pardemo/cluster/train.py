@@ -65,6 +65,7 @@ class Job:
             raise Refused(f"timeout_s must be more than 0 seconds, not {self.timeout_s:g}")
         if not self.pause_s >= 0:
             raise Refused(f"pause_s must be 0 seconds or more, not {self.pause_s:g}")
+        workloads.workload(self.workload)  # Refused where there is none: before anything is written
         for folder in (Path(self.folder), Path(self.folder) / "checkpoints"):
             _writable(folder)
 
