@@ -84,8 +84,8 @@ def by_cost(layers: int, head: float, pp: int) -> tuple[np.ndarray, int]:
 
     Blocks are dealt out in order; a stage is left before the block with which the cost so far
     would pass its share (r + 1)/p of the whole. nanotron's `build_model` (src/nanotron/models/
-    base.py, commit 01de8d9) leaves it after that block; the published runs say otherwise: with
-    its rule 2.6 % of the runs that ran were called impossible, with this one 0.4 % (LOG.md).
+    base.py, commit 01de8d9) leaves it after that block; the published runs fit this rule better,
+    and LOG.md says by how much.
     """
     counts, stage, share = np.zeros(pp), 0, (layers + head) / pp
     for k in range(1, layers + 1):

@@ -34,6 +34,11 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def _whole(text: str) -> bool:
+    """Whether int() reads it as a whole number of a sane length, without signs or other scripts."""
+    return text.isascii() and text.isdigit() and len(text) <= 40
+
+
 def parse_model(text: str) -> Transformer:
     """A model from its name, its sizes, or a name and changes; ValueError says what is wrong."""
     words = [w for w in text.split(",") if w]
@@ -44,7 +49,7 @@ def parse_model(text: str) -> Transformer:
         if key not in (*SIZES, "gated", "tied"):
             known = ", ".join((*SIZES, "gated", "tied"))
             raise ValueError(f"--model: unknown size {key!r}; known: {known}")
-        if not (value.isascii() and value.isdigit() and len(value) <= 40):
+        if not _whole(value):
             raise ValueError(f"--model: {key} must be a whole number, got {value[:40]!r}")
         if key in sizes:
             raise ValueError(f"--model: {key} is given twice")
@@ -62,7 +67,7 @@ def parse_model(text: str) -> Transformer:
 def make_plan(options: argparse.Namespace) -> Plan:
     """The plan the options ask for."""
     name, _, count = str(options.cluster).rpartition(":")
-    if not name or not (count.isascii() and count.isdigit() and len(count) <= 40):
+    if not name or not _whole(count):
         name, count = str(options.cluster), ""
     if not name:
         raise ValueError(f"--cluster: no profile is named; shipped: {', '.join(shipped())}")

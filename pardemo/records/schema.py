@@ -85,22 +85,22 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
 
     Beside a journal that still holds rows, SQLite needs a folder it may write to.
     """
-    for how in ("mode=ro", "mode=ro&immutable=1"):
-        journal = path.with_name(path.name + "-wal")
-        if "immutable" in how and journal.exists() and journal.stat().st_size:
-            break
-        db = sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True, isolation_level=None)
+    journal = path.with_name(path.name + "-wal")
+    ways = ["mode=ro"]
+    if not (journal.exists() and journal.stat().st_size):
+        ways.append("mode=ro&immutable=1")
+    failed: sqlite3.DatabaseError | None = None
+    for way in ways:
+        db = sqlite3.connect(f"{path.resolve().as_uri()}?{way}", uri=True, isolation_level=None)
         try:
             _check(db, path)
-        except sqlite3.DatabaseError as error:
-            db.close()
-            last = error
-        except BaseException:
-            db.close()
-            raise
-        else:
             return db
-    raise StoreError(f"{path} cannot be read: {last}; copy it to a folder of yours and try again")
+        except BaseException as error:
+            db.close()
+            if not isinstance(error, sqlite3.DatabaseError):
+                raise
+            failed = error
+    raise StoreError(f"{path} cannot be read: {failed}; copy it to a folder of yours and try again")
 
 
 def set_aside(path: Path) -> Path:

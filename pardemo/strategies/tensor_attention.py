@@ -76,7 +76,7 @@ def _forward(
     size = module.head_dim
     q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, k, v))  # (B, h, L, size)
     mask = _masks(attn_mask, key_padding_mask, q, module.num_heads, mesh)
-    out, weights = _attend(q, k, v, mask, module.dropout if module.training else 0.0, need_weights)
+    out, weights = attend(q, k, v, mask, module.dropout if module.training else 0.0, need_weights)
     out = out.transpose(1, 2).flatten(2)
     out = out.squeeze(0) if single else out.transpose(0, 1) if turned else out
     out = module.out_proj(out)  # moves 2(t-1)/t * bytes of the result
@@ -124,10 +124,11 @@ def _masks(
     return sum(added[1:], added[0]) if added else None
 
 
-def _attend(
+def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float,
     need_weights: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """(B, h, L, size), and the weights (B, h, L, S) where they are wanted."""
     if not need_weights:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return out, None

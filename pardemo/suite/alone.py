@@ -10,7 +10,6 @@ Shapes: B batch, T tokens (of this rank, or all), D features, H heads, t or c ra
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -70,10 +69,7 @@ def _heads(
     if turned and query.dim() == 3:
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     q, k, v = (x.unflatten(-1, (-1, module.head_dim)).transpose(-3, -2) for x in (q, k, v))
-    scores = (
-        (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1) if need_weights else None
-    )
-    out = F.scaled_dot_product_attention(q, k, v) if scores is None else scores @ v
+    out, scores = tensor_attention.attend(q, k, v, None, 0.0, need_weights)
     out = out.transpose(-3, -2).flatten(-2)
     if turned and query.dim() == 3:
         out = out.transpose(0, 1)

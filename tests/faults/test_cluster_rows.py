@@ -194,13 +194,11 @@ def test_21_a_rank_says_soon_that_rank_0_does_not_answer(
 def test_21_the_script_says_soon_that_node_0_does_not_answer(tmp_path: Path) -> None:
     port = free_port()
     plan = Plan(master="127.0.0.1", port=port, folder=str(tmp_path), python="false")
-    argv, environment = (
-        ["bash", "-s", "1"],
-        {**os.environ, "JOIN_S": "11", "SECONDS": "9"},
-    )  # as if it had waited for 9 s
+    environment = {**os.environ, "JOIN_S": "11", "SECONDS": "9"}  # as if it had waited for 9 s
     done = subprocess.run(
-        argv, input=template("torchrun", plan), env=environment, capture_output=True, text=True
-    )
+        ["bash", "-s", "1"], input=template("torchrun", plan), env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 1
     waiting, gave_up = done.stderr.splitlines()
     for line in (waiting, gave_up):
