@@ -94,7 +94,7 @@ class Ledger:
                 both[0] += entry.sent_bytes
                 both[1] += entry.textbook_bytes
         return [
-            f"{note} ({sent:,.0f} bytes instead of {usual:,.0f})"
+            f"{note} ({sent:,.0f} bytes{'' if sent == usual else f' instead of {usual:,.0f}'})"
             for note, (sent, usual) in said.items()
         ]
 
