@@ -19,11 +19,11 @@ def verdict(table: Table) -> str:
     if not strategies:
         return "\n".join([*facts, *_untrusted(table)])
     best = min(strategies, key=lambda row: row.step_s or 0)
-    lines = [
-        *facts,
-        f"{table.workload}, batch {table.batch_size}: of the strategies, {best.name} is fastest "
-        f"here ({_ms(best)} per step on {best.ranks} ranks x {best.threads} threads).",
-    ]
+    unsound = [r for r in table.timed if r.status not in SOUND and r.name not in (ONE, ALL)]
+    lines = [*facts, f"{table.workload}, batch {table.batch_size}: {_rank(best, strategies)}"]
+    if unsound:
+        times = ", ".join(f"{row.name} ({_ms(row)}, {row.status})" for row in unsound)
+        lines.append(f"Not ranked, because their times cannot be trusted: {times}.")
     lines += [str(ratio) + "." for ratio in (best.vs_one, best.vs_all) if ratio is not None]
     lines += _advice(best, sound)
     held = [text for row in strategies if (text := _holds_back(row))]
@@ -97,6 +97,20 @@ def _untrusted(table: Table) -> list[str]:
         f"Seen all the same, with 95 % intervals, not to be quoted: {times}.",
         "Bytes, equality and memory above do not depend on how busy the machine was.",
     ]
+
+
+def _rank(best: Row, strategies: list[Row]) -> str:
+    """Whether the best median is really the fastest of the strategies, or ties with others."""
+    ratios = {r.name: best.step.ratio(r.step) for r in strategies if r.step and best.step}
+    ties = [name for name, ratio in ratios.items() if name != best.name and not ratio.different]
+    where = f"({_ms(best)} per step on {best.ranks} ranks x {best.threads} threads)"
+    if not ties:
+        return f"of the strategies, {best.name} is fastest here {where}."
+    tied = ", ".join(ties)
+    return (
+        f"of the strategies, {best.name} has the shortest median here {where}, and these rounds "
+        f"cannot tell it from {tied}."
+    )
 
 
 def _advice(best: Row, sound: list[Row]) -> list[str]:

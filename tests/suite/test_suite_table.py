@@ -72,6 +72,19 @@ def test_the_verdict_prefers_one_process_with_all_cores_when_it_is_faster() -> N
     assert "ddp waits for its transfers for 25% of its step." in said
 
 
+def test_the_verdict_names_ties_and_what_it_did_not_rank() -> None:
+    made = table()
+    first = made["ddp"]
+    twin = dataclasses.replace(first, name="twin", step=timing(0.0603, 7))
+    wild = Timing.of([[0.03, 0.09]] * 10, ranks=2, cores=2, session="one")
+    unsound = dataclasses.replace(first, name="wild", step=wild)
+    said = suite.verdict(dataclasses.replace(made, rows=(*made.rows, twin, unsound)))
+    assert wild.status == "contaminated"
+    assert "ddp has the shortest median here" in said
+    assert "cannot tell it from twin." in said
+    assert "Not ranked, because their times cannot be trusted: wild (60 ms, contaminated)." in said
+
+
 def test_the_verdict_recommends_a_strategy_that_beats_both_baselines() -> None:
     assert "use ddp." in suite.verdict(table(ddp_s=0.03))
 
