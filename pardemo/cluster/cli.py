@@ -42,15 +42,17 @@ def _up(arguments: argparse.Namespace) -> int:
     from pardemo.cluster import holding
     from pardemo.cluster.nodes import Nodes
 
-    if (standing := holding.load()) is not None:
-        print(
-            f"{len(standing.holder_pids)} nodes stand already (process {standing.hub_pid}): "
-            "`pardemo nodes down` ends them",
-            file=sys.stderr,
-        )
-        return 2
+    if holding.load() is not None:
+        return _stands_already()
     nodes = Nodes(arguments.count, arguments.rate, arguments.latency_ms, stay=True)
-    holding.save(nodes.held)
+    try:
+        holding.save(nodes.held, new=True)
+    except OSError as error:  # another command may have been quicker
+        nodes.close()
+        if isinstance(error, FileExistsError):
+            return _stands_already()
+        raise
+    nodes.held.stand()
     print(nodes)
     for note in nodes.notes:
         print(f"note: {note}")
@@ -59,6 +61,15 @@ def _up(arguments: argparse.Namespace) -> int:
         f"end them:   pardemo nodes down    (or: kill {nodes.held.hub_pid}; nothing stays behind)"
     )
     return 0
+
+
+def _stands_already() -> int:
+    from pardemo.cluster import holding
+
+    standing = holding.load()
+    said = "" if standing is None else f" (process {standing.hub_pid})"
+    print(f"nodes stand already{said}: `pardemo nodes down` ends them", file=sys.stderr)
+    return 2
 
 
 def _down(_: argparse.Namespace) -> int:
@@ -117,7 +128,9 @@ def _run_verb(verbs: Any) -> None:
     run.add_argument("--steps", type=int, default=20)
     run.add_argument("--batch-size", type=int, default=64, help="samples per step, all ranks")
     run.add_argument("--save-every", type=int, default=5, help="steps between checkpoints")
-    run.add_argument("--timeout-s", type=float, default=60.0, help="limit of one collective")
+    run.add_argument(
+        "--timeout-s", type=float, default=60.0, help="limit of a collective, also in a save"
+    )
     run.add_argument("--pause-s", type=float, default=0.0, help="wait after every step")
     run.set_defaults(run=_train)
 

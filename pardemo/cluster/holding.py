@@ -41,6 +41,13 @@ class Held:
     notes: list[str] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
 
+    def stand(self) -> None:
+        """Let the lab outlive this process, which has left word of it (`save`)."""
+        assert self.process is not None
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"s")
+        self.process.stdin.close()
+
     @property
     def alive(self) -> bool:
         """Whether that very process still runs."""
@@ -67,7 +74,7 @@ def start(spec: dict[str, Any]) -> Held:
     """Start the hub and wait until the nodes stand; NodesError says why they cannot."""
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", str(HERE / "hub.py"), json.dumps(spec)],
-        stdin=subprocess.DEVNULL if spec["stay"] else subprocess.PIPE,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL if spec["stay"] else None,  # nobody waits for our end
         start_new_session=True,  # Ctrl-C in this terminal is for us, not for the lab
@@ -145,13 +152,16 @@ def state_file() -> Path:
     return folder / "lab.json"
 
 
-def save(held: Held) -> None:
-    """Leave word of a standing lab."""
+def save(held: Held, new: bool = False) -> None:
+    """Leave word of a standing lab; FileExistsError for a `new` one where another stands."""
     said = {key: value for key, value in vars(held).items() if key != "process"}
     file = state_file()
     temporary = file.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(said))
-    os.replace(temporary, file)
+    try:
+        (os.link if new else os.replace)(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load() -> Held | None:
@@ -173,7 +183,8 @@ def load() -> Held | None:
 def forget() -> None:
     """Remove the word of a standing lab, and its folder."""
     file = state_file()
-    file.unlink(missing_ok=True)
+    for left in file.parent.glob("lab.*"):  # also of one that was killed while it wrote
+        left.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         file.parent.rmdir()
 

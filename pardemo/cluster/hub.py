@@ -4,7 +4,8 @@ Run by path with `python -I -S hub.py SPEC`, standard library only. It moves its
 namespaces (user where it is not root, network, mount, host name, IPC, process ids), becomes process
 1 there, forks one holder per node with namespaces of its own, and joins them by a bridge and veth
 pairs. Nothing has a name outside: when process 1 ends, however it ends, the kernel kills all that
-runs inside and frees every interface. It ends when its standard input closes, unless SPEC["stay"].
+runs inside and frees every interface. It ends when its standard input closes, unless SPEC["stay"]
+and something was written there before: whoever made it has then left word of it.
 
 SPEC is JSON: nodes [{name, address}], prefix, hosts, node_batch and port_batch (lines for `ip` and
 `tc`), shm_bytes, user (make a user namespace), stay. One JSON line per event goes to stdout.
@@ -163,9 +164,7 @@ def first_process(spec: dict[str, Any]) -> None:
     die_with_parent()
     guarded(lambda: say(nodes=set_up(spec)))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # orphans of the lab are reaped here
-    if not spec["stay"]:
-        while os.read(0, 4096):
-            pass
+    if not (os.read(0, 1) and spec["stay"]):
         os._exit(0)
     for end in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(end, lambda *_: os._exit(0))

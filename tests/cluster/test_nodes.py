@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from pardemo import cli
-from pardemo.cluster import Nodes, NodesError
+from pardemo.cluster import Nodes, NodesError, holding
 from pardemo.parameters import Refused
 
 Need = Callable[[str, str], str]
@@ -147,27 +147,81 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
+def ended(mark: str) -> bool:
+    """Whether every process with this mark is gone within 10 s."""
+    deadline = time.monotonic() + 10
+    while left := marked(mark):
+        if time.monotonic() > deadline:
+            pytest.fail(f"left: {left}")
+        time.sleep(0.05)
+    return True
+
+
+def killed_at_random(
+    argv: list[str], mark: str, seed: int, within_s: float, **environ: str
+) -> None:
+    """Run `argv` until it has started another process, then kill it within that time."""
+    environment = {**os.environ, "MARK": mark, **environ}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(argv, cwd=ROOT, env=environment, **pipes) as process:
+        while len(marked(mark)) < 2:  # until the hub runs
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(random.Random(seed).uniform(0, within_s))
+        process.kill()
+        process.wait(20)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(20))
 def test_a_kill_at_a_random_moment_leaves_nothing(lab_possible: None, seed: int) -> None:
     """Also while the lab is being made: nothing has told us yet that it stands."""
     before, mark = interfaces(), uuid.uuid4().hex
-    environment = {**os.environ, "MARK": mark}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(
-        [sys.executable, "-c", STANDING], cwd=ROOT, env=environment, **pipes
-    ) as process:
-        while len(marked(mark)) < 2:  # until the hub runs
-            assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(random.Random(seed).uniform(0, 1.5))
-        process.kill()
-        process.wait(20)
-    deadline = time.monotonic() + 10
-    while (left := marked(mark)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert left == []
+    killed_at_random([sys.executable, "-c", STANDING], mark, seed, 1.5)
+    assert ended(mark)
     assert interfaces() == before
+
+
+UP = [sys.executable, "-m", "pardemo.cluster", "nodes", "up"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(20))
+def test_up_killed_at_a_random_moment_leaves_nothing_or_what_down_ends(
+    lab_possible: None, tmp_path: Path, seed: int
+) -> None:
+    before, mark = interfaces(), uuid.uuid4().hex
+    killed_at_random(UP, mark, seed, 0.8, XDG_RUNTIME_DIR=str(tmp_path))
+    pardemo("nodes", "down", runtime=tmp_path)
+    assert ended(mark)
+    assert interfaces() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+DIES = """
+import os, signal, sys
+from pardemo.cluster import holding
+from pardemo.cluster.__main__ import main
+name = sys.argv.pop()
+where = holding.Held if name == "stand" else holding
+setattr(where, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+main()
+"""
+
+
+def test_up_killed_before_and_after_it_left_word_leaves_no_lab_that_nobody_knows(
+    lab_possible: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    for moment in ("save", "stand"):
+        mark = uuid.uuid4().hex
+        done = subprocess.run(
+            [sys.executable, "-c", DIES, "nodes", "up", moment], cwd=ROOT,
+            env={**os.environ, "MARK": mark},
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL
+        assert ended(mark)
+        assert holding.load() is None
 
 
 def test_a_lab_that_has_ended_says_so(lab_possible: None) -> None:
@@ -203,6 +257,10 @@ def test_nodes_stand_between_commands_and_are_taken_down(
     try:
         assert cli.main(["nodes", "up"]) == 2
         assert "stand already" in capsys.readouterr().err
+        with monkeypatch.context() as before:  # another `up` that looked a moment too early
+            before.setattr(holding, "load", lambda: None)
+            assert cli.main(["nodes", "up", "--count", "1"]) == 2
+        assert "nodes stand already" in capsys.readouterr().err
         inside = pardemo("nodes", "run", "2", "--", "hostname", runtime=tmp_path)
         assert inside.stdout.strip() == "node2"
         assert cli.main(["nodes", "status"]) == 0
