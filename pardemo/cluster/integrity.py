@@ -3,8 +3,8 @@
 A distributed checkpoint's `.metadata` is a pickle, and torch reads it with plain `pickle.load`: a
 planted one is code. Its data files carry no checksum that torch verifies: flipped bits load as
 wrong weights. So a folder is trusted only when this user alone can write it, every file has the
-size and SHA-256 that the manifest says, and the pickle names nothing but the classes a checkpoint
-is made of.
+size and SHA-256 that the manifest says, the manifest its own, and the pickle names nothing but the
+classes a checkpoint is made of.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 MANIFEST = "MANIFEST.json"
-FORMAT = 1
+FORMAT = 2  # 1 had no checksum of the manifest itself
+SEALED = re.compile(r'(.*),\n "sha256": "([0-9a-f]{64})"\n\}\n', re.DOTALL)
 _CHECKPOINT = "torch.distributed.checkpoint"
 ALLOWED = {
     ("pathlib", "PosixPath"), ("torch", "Size"), ("torch.serialization", "_get_layout"),
@@ -78,6 +80,12 @@ def check_owner(path: Path) -> None:
         raise Damaged(f"{path} is writable by others (mode {seen.st_mode & 0o777:o}): chmod go-w")
 
 
+def seal(content: dict[str, Any]) -> str:
+    """The text of a manifest: JSON whose last entry is the SHA-256 of all that stands before."""
+    text = json.dumps(content, indent=1).removesuffix("\n}")
+    return f'{text},\n "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder whose owner and list of files are right."""
     check_owner(folder)
@@ -86,7 +94,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise Damaged(f"{path} is missing: the save was not finished")
     check_owner(path)
     try:
-        manifest = json.loads(path.read_text())
+        text = path.read_bytes().decode()
+        manifest = json.loads(text)
         files, version = manifest["files"], manifest["format"]
         whole = all({"bytes", "sha256"} <= set(entry) for entry in files.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -95,6 +104,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if version != FORMAT:
         said = repr(version)[:80]
         raise Damaged(f"{path} has format {said}; this version of pardemo reads {FORMAT}")
+    sealed = SEALED.fullmatch(text)
+    if sealed is None or hashlib.sha256(sealed[1].encode()).hexdigest() != sealed[2]:
+        raise Damaged(f"{path} has other contents than were written (SHA-256 differs)")
     if not whole:
         raise Damaged(f"{path} is not a manifest (a file without its size and SHA-256)")
     there = {entry.name for entry in folder.iterdir()} - {MANIFEST}

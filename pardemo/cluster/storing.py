@@ -8,6 +8,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from pardemo.cluster.integrity import (
     check_files,
     digest,
     read_manifest,
+    seal,
     sync_folder,
     write_synced,
 )
@@ -44,13 +46,17 @@ class DiskFull(CheckpointError):
 
 class World:
     """The ranks that save together, in a gloo group of their own, so that a save in the background
-    never mixes with training; one process alone where there is no group."""
+    never mixes with training; one process alone where there is no group.
+
+    A collective of theirs has the limit of the default group: torch gives a new group 30 minutes,
+    for which the others would wait when one rank hangs in a save.
+    """
 
     def __init__(self) -> None:
         self.group: Any = None
         self.rank, self.size = 0, 1
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self.group = dist.new_group(backend="gloo")
+            self.group = dist.new_group(backend="gloo", timeout=_limit())
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -77,6 +83,14 @@ class World:
             if failed is not None:
                 raise failed
         return [value for value, _ in everyone]
+
+
+def _limit() -> timedelta:
+    """The limit of a collective in the default group; torch has no public name for it."""
+    kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    group = dist.group.WORLD
+    assert group is not None
+    return group._get_backend(torch.device(kind)).options._timeout
 
 
 def _portable(error: Exception) -> Exception:
@@ -154,8 +168,8 @@ def write_manifest(world: World, temporary: Path, content: dict[str, Any]) -> No
     manifest = {"format": FORMAT, **content, "world_size": world.size, "torch": torch.__version__}
 
     def write() -> None:
-        text = json.dumps({**manifest, "files": dict(sorted(files.items()))}, indent=1)
-        write_synced(temporary / MANIFEST, text + "\n")
+        text = seal({**manifest, "files": dict(sorted(files.items()))})
+        write_synced(temporary / MANIFEST, text)
         sync_folder(temporary)
 
     world.together(write)

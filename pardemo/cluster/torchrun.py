@@ -8,6 +8,7 @@ killed agent for ever, unless it asks the kernel to die with it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -18,8 +19,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from pardemo.parameters import Refused
 
@@ -145,6 +151,27 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def limit_collectives(timeout_s: float) -> None:
+    """Give every group of this rank the limit: torch gives 30 minutes to all but the first."""
+    if dist.is_initialized():
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def kill_stopped_siblings() -> None:
+    """End the workers of this agent that are stopped: a rank calls it when it gives up.
+
+    torchrun (2.13) asks them with SIGTERM, which a stopped process does not hear, and kills them
+    only after 30 s, whatever --shutdown-timeout says.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    for sibling in psutil.Process().parent().children():
+        with contextlib.suppress(psutil.Error):
+            if sibling.status() == psutil.STATUS_STOPPED:
+                sibling.kill()
 
 
 def write_record(folder: Path, name: str, values: dict[str, Any]) -> Path:

@@ -29,7 +29,12 @@ import torch.distributed as dist
 from pardemo import strategies, workloads
 from pardemo.cluster import knock
 from pardemo.cluster.checkpoint import Checkpoints
-from pardemo.cluster.torchrun import die_with_parent, write_record
+from pardemo.cluster.torchrun import (
+    die_with_parent,
+    kill_stopped_siblings,
+    limit_collectives,
+    write_record,
+)
 from pardemo.cluster.world import translate_slurm
 from pardemo.machine import machine
 from pardemo.parameters import Refused
@@ -124,6 +129,9 @@ def run(job: Job) -> dict[str, Any]:
         _join(job.timeout_s)
         try:
             return _train(job, told)
+        except Exception:
+            kill_stopped_siblings()
+            raise
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -148,6 +156,7 @@ def _train(job: Job, told: Told) -> dict[str, Any]:
     work, row = workloads.workload(job.workload), strategies.get(job.strategy)
     step = row.build(work.make_model(rank), work.make_optimizer, work.loss, row.mesh())
     checkpoints = Checkpoints(Path(job.folder) / "checkpoints")
+    limit_collectives(job.timeout_s)
     found = checkpoints.load(step.model, step.optimizer)
     losses = list(found.extra["losses"]) if found else []
     began = time.perf_counter()

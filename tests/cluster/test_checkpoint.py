@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from pardemo import strategies, workloads
 from pardemo.cluster import storing
 from pardemo.cluster.checkpoint import CheckpointError, Checkpoints
-from pardemo.cluster.integrity import digest
+from pardemo.cluster.integrity import digest, seal
 from pardemo.cluster.order import DataOrder
 from pardemo.launch import RankFailed, Ranks, launch
 
@@ -204,7 +204,8 @@ class Hostile:
 def forge_manifest(folder: Path) -> None:
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     manifest["files"] = {name: digest(folder / name) for name in manifest["files"]}
-    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+    del manifest["sha256"]
+    (folder / "MANIFEST.json").write_text(seal(manifest))
 
 
 def test_a_planted_pickle_is_refused_and_never_runs_even_with_a_forged_manifest(

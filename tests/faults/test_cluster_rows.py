@@ -18,9 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from pardemo.cluster import Nodes, knock, torchrun
+from pardemo.cluster.checkpoint import Checkpoints
 from pardemo.cluster.templates import Plan, template
+from pardemo.launch import launch
 from tests.cluster.agents import PROGRAM, ROOT, Agent, gone, record, undisturbed_losses
 from tests.faults.harness import nothing_left
 
@@ -75,16 +79,48 @@ def test_16_twenty_times(tmp_path: Path, undisturbed: list[float], seed: int) ->
     survives_a_kill(tmp_path, seed, undisturbed)
 
 
-@pytest.mark.timeout(200)
-def test_18_a_stopped_worker_is_found_and_the_run_goes_on(
-    tmp_path: Path, undisturbed: list[float]
-) -> None:
-    agent = Agent(tmp_path, program=TRAINING, max_restarts=1, shutdown_timeout_s=3)
-    agent.until("step 12 ")
-    os.kill(agent.workers()[1], signal.SIGSTOP)
+def survives_a_hang(folder: Path, seed: int, undisturbed: list[float]) -> None:
+    """Row 18: SIGSTOP of a random worker at a random moment, of a step or of a save."""
+    chance = random.Random(seed)
+    program = [*PROGRAM[:-1], "0.02", "--save-every", "2", "--timeout-s", "4"]
+    agent = Agent(folder, program=program, max_restarts=1, shutdown_timeout_s=3)
+    agent.until(f"step {chance.randint(1, 36)} ")
+    time.sleep(chance.uniform(0, 0.02))
+    os.kill(chance.choice(agent.workers()), signal.SIGSTOP)
     code, text = agent.end()
     assert code == 0, text[-3000:]
-    assert record(tmp_path)["losses"] == pytest.approx(undisturbed, abs=1e-5)
+    assert record(folder)["restarts"] == 1
+    assert record(folder)["losses"] == pytest.approx(undisturbed, abs=1e-5)
+    assert "Unable to shutdown process" not in text, "torchrun had to wait for its own 30 s"
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    "seed", [1, *(pytest.param(n, marks=pytest.mark.soak) for n in range(2, 22))]
+)
+def test_18_a_stopped_worker_is_found_and_the_run_goes_on(
+    tmp_path: Path, undisturbed: list[float], seed: int
+) -> None:
+    survives_a_hang(tmp_path, seed, undisturbed)
+
+
+def limits_of_groups() -> list[float]:
+    """Of the default group and the checkpoints' own, then of both when they are limited."""
+    groups = [dist.group.WORLD, Checkpoints("unused").world.group]
+    limits = []
+    for limit_s in (None, 3):
+        if limit_s:
+            torchrun.limit_collectives(limit_s)
+        backends = [group._get_backend(torch.device("cpu")) for group in groups]
+        limits += [backend.options._timeout.total_seconds() for backend in backends]
+    return limits
+
+
+def test_18_no_group_waits_for_30_minutes() -> None:
+    """torch gives them to every group but the first, whatever the first was given."""
+    first, saving, *limited = launch(limits_of_groups, nprocs=2, timeout=25)[1]
+    assert first == saving < 100
+    assert limited == [3, 3]
 
 
 SIGNALS = [
@@ -110,16 +146,43 @@ def test_18_a_signal_to_the_agent_ends_everything(tmp_path: Path, number: signal
         assert gone(workers)
 
 
+def two_agents(folder: Path, program: list[str]) -> list[Agent]:
+    """Two agents of one worker each, as on two nodes."""
+    meet = {"nnodes": 2, "nprocs": 1, "master_port": free_port(), "program": program}
+    return [Agent(folder, LO, node_rank=rank, **meet) for rank in range(2)]
+
+
+def loses_a_node(folder: Path, lost: int, words: str, after_s: float, program: list[str]) -> None:
+    """Row 19: SIGKILL of an agent with its worker, as when a node loses its power."""
+    agents = two_agents(folder, program)
+    agents[0].until(words)
+    time.sleep(after_s)
+    for pid in (*agents[lost].workers(), agents[lost].process.pid):
+        os.kill(pid, signal.SIGKILL)
+    agents[lost].end()
+    code, _ = agents[1 - lost].end(60)
+    assert code not in (0, -signal.SIGKILL), "the survivor had to be killed"
+
+
 @pytest.mark.timeout(200)
 def test_19_when_a_node_is_lost_the_other_agent_ends(tmp_path: Path) -> None:
-    meet = {"nnodes": 2, "nprocs": 1, "master_port": free_port(), "program": LONG}
-    agents = [Agent(tmp_path, LO, node_rank=rank, **meet) for rank in range(2)]
-    agents[0].until("step 3 ")
-    for pid in (*agents[1].workers(), agents[1].process.pid):
-        os.kill(pid, signal.SIGKILL)
-    agents[1].end()
-    code, _ = agents[0].end(60)
-    assert code not in (0, -signal.SIGKILL), "the survivor had to be killed"
+    loses_a_node(tmp_path, 1, "step 3 ", 0.0, LONG)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", range(20))
+def test_19_a_lost_node_costs_nothing_that_was_saved(
+    tmp_path: Path, undisturbed: list[float], seed: int
+) -> None:
+    chance = random.Random(seed)
+    step, lost = chance.randint(1, 36), chance.randrange(2)
+    loses_a_node(tmp_path, lost, f"step {step} ", chance.uniform(0, 0.05), TRAINING)
+    for agent in two_agents(tmp_path, TRAINING):
+        code, text = agent.end()
+        assert code == 0, text[-3000:]
+    assert record(tmp_path)["resumed_at_step"] >= step - 5
+    assert record(tmp_path)["losses"] == pytest.approx(undisturbed, abs=1e-5)
 
 
 @pytest.fixture

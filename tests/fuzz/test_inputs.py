@@ -199,11 +199,13 @@ def test_manifests_of_checkpoints(tmp_path: Path, examples: int) -> None:
     folder.mkdir(mode=0o700)
     (folder / "data").write_bytes(b"content")
     (folder / "data").chmod(0o600)
-    good = {"format": 1, "step": 1, "files": {"data": integrity.digest(folder / "data")}}
+    files = {"data": integrity.digest(folder / "data")}
+    good = {"format": integrity.FORMAT, "step": 1, "files": files}
     manifest = folder / integrity.MANIFEST
 
     def check(key: str, value: Any, raw: bytes) -> None:
-        for content in (json.dumps(good | {key: value}).encode(), json.dumps(value).encode(), raw):
+        sealed, odd = integrity.seal(good | {key: value}), json.dumps(value)
+        for content in (sealed.encode(), odd.encode(), raw):
             manifest.write_bytes(content)
             manifest.chmod(0o600)
 
