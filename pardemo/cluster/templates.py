@@ -24,7 +24,7 @@ RULES = {
     "account": (r"[A-Za-z0-9][\w.-]*", "an account's name"),
     "interface": (r"[A-Za-z0-9][\w.-]{0,14}", "an interface's name: eth0, ib0"),
     "master": (r"[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?", "a host name or address"),
-    "python": (r"[\w./+=@-]+", "the path of a Python interpreter"),
+    "python": (r"[\w./+=@][\w./+=@-]*", "the path of a Python interpreter"),
     "image": (
         r"[a-z0-9][a-z0-9._/-]*(:[0-9]+/[a-z0-9._/-]+)?(:\w[\w.-]*)?(@sha256:[0-9a-f]{64})?",
         "a container image: registry/name:tag",
@@ -137,7 +137,7 @@ def _slurm(plan: Plan) -> str:
 # Bash: what happens when Slurm's USR1 comes, on its way and after the step has ended.
 NEAR_THE_END = """\
 # Near the time limit Slurm sends USR1: have the ranks save, and start the job again
-told= step=
+told='' step=''
 near_the_end() {
   told=1
   for _ in $(seq 12); do
@@ -161,11 +161,14 @@ fi"""
 
 
 def _slurm_body(plan: Plan) -> list[str]:
-    master = shlex.quote(plan.master) if plan.master else '"$(head -n 1 <<<"$hosts")"'
+    first = ['hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")']
+    master = '"$(head -n 1 <<<"$hosts")"'
+    if plan.master:
+        first, master = [], shlex.quote(plan.master)
     return [
         "set -euo pipefail",
         NEAR_THE_END,
-        'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
+        *first,
         f"master={master}                      # rank 0's node; all nodes must reach it",
         "port=$((20000 + SLURM_JOB_ID % 10000))   # two jobs on one node must not meet",
         *_exports(plan),

@@ -27,6 +27,12 @@ def test_a_value_that_is_not_on_the_list_is_refused(name: str, bad: str) -> None
         Plan(**{name: bad})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("bad", [bad for bad in BAD if "/" not in bad])
+def test_an_interpreter_is_a_path(bad: str) -> None:
+    with pytest.raises(Refused, match="python"):
+        Plan(python=bad)
+
+
 @pytest.mark.parametrize(
     ("name", "bad"), [("nodes", 0), ("gpus_per_node", -1), ("port", 80), ("nodes", "2")]
 )
