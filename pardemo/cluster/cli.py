@@ -131,6 +131,7 @@ def _run_verb(verbs: Any) -> None:
     run.add_argument(
         "--timeout-s", type=float, default=60.0, help="limit of a collective, also in a save"
     )
+    run.add_argument("--join-s", type=float, default=60.0, help="limit until all ranks have met")
     run.add_argument("--pause-s", type=float, default=0.0, help="wait after every step")
     run.set_defaults(run=_train)
 

@@ -44,8 +44,9 @@ UNFINISHED = 85  # the exit status of a training that was told to save and end
 
 @dataclass(frozen=True)
 class Job:
-    """What to train, for how long, and where its files go. `pause_s` slows steps down, for
-    exercises in killing."""
+    """What to train, for how long, and where its files go. `timeout_s` limits one collective once
+    the ranks have met, which may take `join_s`. `pause_s` slows steps down, for exercises in
+    killing."""
 
     folder: str
     strategy: str = "ddp"
@@ -54,6 +55,7 @@ class Job:
     batch_size: int = 64
     save_every: int = 5
     timeout_s: float = 60.0
+    join_s: float = 60.0
     pause_s: float = 0.0
 
     def check(self) -> None:
@@ -66,8 +68,9 @@ class Job:
         for name in ("steps", "batch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise Refused(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.timeout_s > 0:
-            raise Refused(f"timeout_s must be more than 0 seconds, not {self.timeout_s:g}")
+        for name in ("timeout_s", "join_s"):
+            if not getattr(self, name) > 0:
+                raise Refused(f"{name} must be more than 0 seconds, not {getattr(self, name):g}")
         if not self.pause_s >= 0:
             raise Refused(f"pause_s must be 0 seconds or more, not {self.pause_s:g}")
         workloads.workload(self.workload)  # Refused where there is none: before anything is written
@@ -126,7 +129,7 @@ def run(job: Job) -> dict[str, Any]:
     """
     job.check()
     with Told().listening() as told:
-        _join(job.timeout_s)
+        _join(job.join_s)
         try:
             return _train(job, told)
         except Exception:
@@ -137,7 +140,7 @@ def run(job: Job) -> dict[str, Any]:
                 dist.destroy_process_group()
 
 
-def _join(timeout_s: float) -> None:
+def _join(join_s: float) -> None:
     """Join the world of torchrun, or of srun; alone where there is neither."""
     translate_slurm()
     if "RANK" not in os.environ:
@@ -146,8 +149,8 @@ def _join(timeout_s: float) -> None:
     backend = machine().backend
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    knock.at_master(timeout_s)
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    knock.at_master(join_s)
+    dist.init_process_group(backend, timeout=timedelta(seconds=join_s))
 
 
 def _train(job: Job, told: Told) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_16_twenty_times(tmp_path: Path, undisturbed: list[float], seed: int) ->
 def survives_a_hang(folder: Path, seed: int, undisturbed: list[float]) -> None:
     """Row 18: SIGSTOP of a random worker at a random moment, of a step or of a save."""
     chance = random.Random(seed)
-    program = [*PROGRAM[:-1], "0.02", "--save-every", "2", "--timeout-s", "4"]
+    program = [*PROGRAM[:-1], "0.02", "--save-every", "2", "--timeout-s", "3"]
     agent = Agent(folder, program=program, max_restarts=1, shutdown_timeout_s=3)
     agent.until(f"step {chance.randint(1, 36)} ")
     time.sleep(chance.uniform(0, 0.02))
@@ -238,7 +238,7 @@ def test_21_a_rank_says_soon_that_rank_0_does_not_answer(
 ) -> None:
     port = free_port()
     world = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    argv = [sys.executable, *LONG, "--folder", str(tmp_path), "--timeout-s", "1"]
+    argv = [sys.executable, *LONG, "--folder", str(tmp_path), "--join-s", "1"]
     done = subprocess.run(
         argv, cwd=ROOT, env={**os.environ, **world}, capture_output=True, text=True, timeout=50
     )
