@@ -2,9 +2,11 @@
 
 A barrier before every sample keeps ranks in step, but gloo's takes as long as a small all-reduce:
 a few percent of a short step. Here each rank counts up in its own line of shared memory and looks
-at the others' until all have come: first asleep between two looks, because a rank that still works
-needs the cores (its own, and for its messages those of the others), then, when nobody works any
-more, awake, so that all leave together. Ranks of several hosts fall back to the group's barrier.
+at the others' until all have come. Between two looks it yields its core to whoever wants it (a
+rank that still works may need it for its messages), but it stays awake: a core that sleeps wakes
+up late, on a virtual machine above all, and the step after it is slower for that. It naps only
+after PATIENCE_S, or where ranks share cores. When all have come they meet once more, awake, so
+that all leave together. Ranks of several hosts fall back to the group's barrier.
 
 A nap ends late by the thread's timer slack, 50 us unless the kernel is asked for less (prctl(2)):
 a nap of 50 us took 134 us with it and 85 us without (tests/measure/small_messages.py; Linux 6.18).
@@ -23,15 +25,18 @@ from typing import Any
 import torch.distributed as dist
 
 LINE = 8  # 64-bit numbers between two ranks' counters: a cache line, so that none is shared
-PATIENCE_S = 2e-4  # how long to look again and again before sleeping between two looks
+PATIENCE_S = 5e-3  # how long to stay awake between two looks
 NAP_S = 5e-5
 SET_TIMERSLACK, NO_SLACK_NS, DEFAULT_SLACK = 29, 1, 0  # PR_SET_TIMERSLACK of linux/prctl.h
 
 
 class Gate:
-    """Open it on every rank of `group` (None: one rank, a gate that is always open)."""
+    """Open it on every rank of `group` (None: one rank, a gate that is always open).
 
-    def __init__(self, group: Any) -> None:
+    `cores`: how many the ranks have between them, by default those this process may use.
+    """
+
+    def __init__(self, group: Any, cores: int | None = None) -> None:
         self._group, self._count = group, 0
         self._map = self._meet() if group is not None else None
         if self._map is not None:
@@ -39,6 +44,8 @@ class Gate:
             self._mine = dist.get_rank(group) * LINE
             size = dist.get_world_size(group)
             self._others = [r * LINE for r in range(size) if r * LINE != self._mine]
+            enough = size <= (cores or len(os.sched_getaffinity(0)))
+            self._patience_s = PATIENCE_S if enough else 0.0
             _timer_slack(NO_SLACK_NS)
 
     @property
@@ -52,7 +59,7 @@ class Gate:
             if self._group is not None:
                 dist.barrier(self._group)  # moves no data
             return
-        self._gather(0.0)
+        self._gather(self._patience_s)
         self._gather(PATIENCE_S)
 
     def _gather(self, awake_s: float) -> None:
@@ -63,7 +70,9 @@ class Gate:
         for other in self._others:
             while self._seen[other] < self._count:
                 since = since or time.perf_counter()
-                if time.perf_counter() - since >= awake_s:
+                if time.perf_counter() - since < awake_s:
+                    os.sched_yield()
+                else:
                     time.sleep(NAP_S)
 
     def close(self) -> None:

@@ -102,7 +102,7 @@ def prepare(session: str, cases: dict[str, Case], warmup: int, pin: bool) -> dic
         state.prepared[name] = entry
         group = _group(case)
         if dist.get_rank() < case.ranks:
-            entry.gate = Gate(group)
+            entry.gate = Gate(group, len(cores))
             _settle(entry)
             entry.step = case.make(mesh)
             warm[name] = _iterate(entry, warmup)

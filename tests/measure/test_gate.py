@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import time
 
 import torch.distributed as dist
@@ -50,6 +51,25 @@ def slack():
 def test_naps_end_on_time_while_it_is_open(ranks2):
     for before, inside, after in ranks2(slack):
         assert (inside, after) == (1, before)
+
+
+def naps(cores):
+    gate = Gate(dist.group.WORLD, cores)
+    gate.wait()
+    before = resource.getrusage(resource.RUSAGE_THREAD)
+    for _ in range(10):
+        if dist.get_rank() == 0:
+            time.sleep(0.003)
+        gate.wait()
+    after = resource.getrusage(resource.RUSAGE_THREAD)
+    gate.close()
+    return after.ru_nvcsw - before.ru_nvcsw
+
+
+def test_a_rank_that_waits_sleeps_where_ranks_share_cores(ranks2):
+    asleep = ranks2(naps, 1)[1]
+    assert asleep >= 10  # gave its core up for the other's 3 ms, each time
+    assert ranks2(naps, 2)[1] < asleep  # yields, and stays awake
 
 
 def apart():

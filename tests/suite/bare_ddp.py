@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-WIDTH, BATCH, ROUNDS, STEPS, WARM = 768, 256, 40, 10, 3
+WIDTH, BATCH, ROUNDS, STEPS, WARM = 1024, 512, 40, 5, 2
 
 
 def model() -> nn.Module:
