@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 MIN_ROUNDS = 6  # with fewer, no signed-rank interval at this confidence exists
 CONFIDENCE = 0.95
@@ -89,6 +88,8 @@ def interval(
     rounds' medians, which hold whatever the distribution (a machine with two speeds has no useful
     standard error). One round has no interval: (nan, nan).
     """
+    from scipy import special  # not above: every rank that measures imports this module
+
     arrays = clean(rounds)
     n = len(arrays)
     if n < 2:
@@ -97,10 +98,10 @@ def interval(
     medians = np.sort([np.median(a) for a in arrays])
     effective = effective_rounds([np.log(np.median(a)) for a in arrays])
     freedom = max(effective - 1, min(3, n - 1))
-    reach = stats.t.ppf((1 + confidence) / 2, freedom) * error * np.sqrt(n / effective)
+    reach = special.stdtrit(freedom, (1 + confidence) / 2) * error * np.sqrt(n / effective)
     middle = pooled_median(arrays)
     tail = (1 - confidence) * 0.8  # 7 % outside of both: the 2nd to the 7th of eight
-    inner = max(1, int((stats.binom.cdf(np.arange(n), n, 0.5) <= tail).sum()))
+    inner = max(1, int((special.bdtr(np.arange(n), n, 0.5) <= tail).sum()))
     lo, hi = min(middle * np.exp(-reach), medians[inner - 1]), medians[n - inner]
     return float(lo), float(max(middle * np.exp(reach), hi))
 

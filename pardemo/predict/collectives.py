@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
-from scipy.optimize import nnls
 
 from pardemo.predict.prediction import human
 from pardemo.predict.wire import kind_of, wire_factor
@@ -65,6 +63,8 @@ def fit_pipelined(sizes: Points, times: Points) -> np.ndarray:
     A transfer cut into chunks fills a pipeline: with the best chunk it takes
     (sqrt(a) + sqrt(b size))^2, whose middle term is what alpha and beta alone cannot follow.
     """
+    from scipy.optimize import nnls  # not above: ranks import this module, and never fit
+
     s, t = np.asarray(sizes, float), np.asarray(times, float)
     a = _shapes(s) / t[:, None]
     scale = a.max(axis=0)
@@ -83,6 +83,8 @@ class Curve:
         sizes_bytes: Points,
         times_s: Points,
     ) -> None:
+        from scipy.interpolate import PchipInterpolator  # not above: ranks have no curves
+
         self.collective, self.ranks, self.nodes = kind_of(collective), ranks, nodes
         order = np.argsort(np.asarray(sizes_bytes, float))
         s = np.asarray(sizes_bytes, float)[order]

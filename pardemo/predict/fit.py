@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from pardemo.predict.columns import Columns, take
 from pardemo.predict.constants import Constant, named, vector
@@ -63,6 +62,8 @@ def fit(
     kept: a network with a slow mode has two valleys. No rows gives the priors back.
     Deterministic.
     """
+    from scipy.optimize import least_squares  # not above: only fitting needs it
+
     measured = np.asarray(measured, float)
     usual = vector(constants)
     if len(measured) == 0:

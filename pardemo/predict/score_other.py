@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from pardemo.predict.stats import errors
 from pardemo.predict.tables import Table, TableError
@@ -23,6 +22,8 @@ _LOW, _HIGH = np.array([0.0, 0, 0, 0, 0]), np.array([0.3, 1.5, 2, 3, 4])
 
 def score_ddp(table: Table, wanted: int | None, seed: int) -> dict[str, Any]:
     """One GPU's step is given per model; shares of it are fitted on N rows, the rest predicted."""
+    from scipy.optimize import least_squares  # not above: only fitting needs it
+
     step, gpus, base, kind, names = _ddp_rows(table)
     rest = np.flatnonzero((step > 0) & np.isfinite(step) & (base > 0) & (kind != "base"))
     if len(rest) < 2:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 
 def errors(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
@@ -27,6 +26,8 @@ def errors(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's; 1 for fewer than 3 values or no spread, where it says nothing."""
+    from scipy.stats import rankdata  # not above: it takes a second, and only scoring needs it
+
     if len(a) < 3:
         return 1.0
     x, y = rankdata(a), rankdata(b)
@@ -37,6 +38,8 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 def auc(score: np.ndarray, positive: np.ndarray) -> float:
     """Chance that a positive row scores above a negative one; ties count half. nan if one-sided."""
+    from scipy.stats import rankdata
+
     n1, n0 = int(positive.sum()), int((~positive).sum())
     if n1 == 0 or n0 == 0:
         return float("nan")

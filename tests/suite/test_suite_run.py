@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pardemo import check, records, suite
+from pardemo.launch import launch
 from pardemo.predict import load
 from pardemo.suite import ALL, ONE, inside
 
@@ -80,6 +81,20 @@ def test_scaling_labels_more_ranks_than_devices_and_claims_nothing_from_them() -
     assert "strong scaling of ddp" in repr(found)
     with pytest.raises(ValueError, match="kind is"):
         suite.scale("mlp", kind="sideways")  # type: ignore[arg-type]
+
+
+def test_a_rank_does_not_wait_for_packages_that_only_the_kernel_needs() -> None:
+    """Each would cost every new rank up to a second."""
+
+    def loaded() -> list[str]:
+        import sys
+
+        import pardemo.suite  # and with it measure and predict
+
+        assert pardemo.suite.run
+        return [m for m in ("scipy", "pandas", "matplotlib", "sklearn") if m in sys.modules]
+
+    assert launch(loaded, nprocs=1)[0] == []
 
 
 def test_a_maker_survives_the_trip_to_a_rank() -> None:
