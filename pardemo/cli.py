@@ -196,7 +196,7 @@ def _add_records(verbs: argparse._SubParsersAction) -> None:
     compared.add_argument("--results", type=Path, default=RESULTS)
     compared.add_argument(
         "--threshold", type=float, default=0.05,
-        help="exit 1 when B is surely slower than A by more than this share (0.05)",
+        help="exit 1 when B is surely slower by more than this share (0.05), 2 when none is judged",
     )  # fmt: skip
     compared.set_defaults(run=_compare)
 
@@ -257,7 +257,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     slower = found.regressions(arguments.threshold)
     for cell in slower:
         print(f"REGRESSION {cell.name}: slower by more than {arguments.threshold:.0%}")
-    return 1 if slower else 0
+    return int(bool(slower)) if found.judged else 2  # a gate that judged nothing has not passed
 
 
 def _existing(results: Path) -> Store:

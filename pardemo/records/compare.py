@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..measure.timing import Ratio, Timing
 from .store import CaseRow, RunRow, Store
+
+ALIKE = 3  # cells that must move together before the machine is suspected
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,33 @@ class Difference:
         ]  # fmt: skip
         if changed:
             said.append(f"parameters differ: {', '.join(changed)}")
+        if self.common is not None:
+            said.append(
+                f"all {len(self.judged)} cells moved alike, by a factor of {self.common:.2f}: more "
+                "like another day of the machine, or something that all share, than one strategy"
+            )
+        if not self.judged:
+            said.append("nothing was judged: no cell of both runs has a ratio that holds")
         return said
+
+    @property
+    def judged(self) -> list[Cell]:
+        """The cells whose ratio is not refused."""
+        return [cell for cell in self.cells if not cell.ratio.refused]
+
+    @property
+    def common(self) -> float | None:
+        """The factor by which all cells moved, where one factor explains at least three; or None.
+
+        Two sessions cannot be interleaved, so that a slower machine and slower code look alike in
+        one cell; they differ in whether the other cells moved too.
+        """
+        found = [cell.ratio for cell in self.judged]
+        if len(found) < ALIKE:
+            return None
+        factor = float(np.exp(np.median([np.log(ratio.value) for ratio in found])))
+        moved = all(ratio.different and ratio.lo <= factor <= ratio.hi for ratio in found)
+        return factor if moved else None
 
     def regressions(self, threshold: float) -> list[Cell]:
         """The cells that are surely slower than the threshold allows."""

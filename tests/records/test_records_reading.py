@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pardemo import records
+from pardemo import cli, records
 from pardemo.parameters import Refused
 from pardemo.records import Sample, Store
 
@@ -50,6 +50,30 @@ def test_a_planted_slowdown_is_slower_and_an_equal_cell_is_the_same(store: Store
     assert [cell.name for cell in found.regressions(0.05)] == ["ddp"]
     assert found.regressions(0.5) == []
     assert "two sessions" in repr(found)
+
+
+def test_cells_that_all_moved_alike_point_to_the_machine_and_one_alone_does_not(
+    store: Store,
+) -> None:
+    usual = {"ddp": 0.1, "fsdp": 0.2, "tensor": 0.15}
+    a = record(store, {name: times(s, i) for i, (name, s) in enumerate(usual.items())})
+    b = record(store, {name: times(1.2 * s, 5 + i) for i, (name, s) in enumerate(usual.items())})
+    found = records.compare(store, a, b)
+    assert found.common == pytest.approx(1.2, rel=0.02)
+    assert "all 3 cells moved alike, by a factor of 1.2" in repr(found)
+    usual["ddp"] *= 1.2
+    c = record(store, {name: times(s, 8 + i) for i, (name, s) in enumerate(usual.items())})
+    found = records.compare(store, a, c)
+    assert found.common is None
+    assert [cell.name for cell in found.regressions(0.05)] == ["ddp"]
+
+
+def test_a_comparison_that_judged_nothing_does_not_look_passed(store: Store) -> None:
+    a, b = record(store, {"ddp": times(0.1, 0)}), record(store, {"fsdp": times(0.1, 0)})
+    assert "nothing was judged" in repr(records.compare(store, a, b))
+    here = str(store.path.parent)
+    assert cli.main(["compare", a.id, b.id, "--results", here]) == 2
+    assert cli.main(["compare", a.id, a.id, "--results", here]) == 0
 
 
 def test_a_contaminated_cell_is_never_a_regression(store: Store) -> None:
@@ -121,7 +145,7 @@ def test_parquet_is_written_where_pyarrow_is_and_refused_in_words_elsewhere(
 
 HOLD = """
 import sys, pathlib
-from pardemo import records
+from pardemo import cli, records
 with records.timing_lock("scaling", path=pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
