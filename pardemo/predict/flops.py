@@ -3,7 +3,7 @@
 The same run is reported at 33 % or 39 % of the peak depending on what is counted. So every number
 here carries a `Convention`: is the embedding counted, is the causal mask, is recomputation.
 A multiply-add is 2. Sources: Narayanan 2021 equation 3, Chowdhery 2022 (PaLM) appendix B,
-Kaplan 2020 (6N), Korthikanti 2022 (selective recomputation).
+Hoffmann 2022 (6N; Kaplan 2020 without embeddings), Korthikanti 2022 (selective recomputation).
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ PALM = Convention("palm", head=True, source="Chowdhery 2022, appendix B: 6N + 12
 PALM_EMBEDDED = Convention(
     "palm-embedded", input_embedding=True, source="appendix B with the untied input table in N"
 )
-SIX_N = Convention("6n", attention=False, source="Kaplan 2020: 6 per parameter and token")
+SIX_N = Convention(
+    "6n", attention=False,
+    source="Hoffmann 2022: 6 per parameter and token (Kaplan 2020 leaves the embeddings out of N)",
+)  # fmt: skip
 CONVENTIONS = {c.name: c for c in (EXACT, MEGATRON, MEGATRON_MODEL, PALM, PALM_EMBEDDED, SIX_N)}
 
 
