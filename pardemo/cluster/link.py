@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pardemo.parameters import Refused
 
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+BURST_S = 0.002  # of the rate may pass at once: less, and the kernel's timer would set the rate
 QUEUE_MS = 50  # a packet that would wait longer is dropped, as a switch with a full queue does
 
 
@@ -27,6 +28,11 @@ class Link:
         """Bytes per second and direction, headers included; infinity where nothing limits it."""
         return float("inf") if self.rate_bits is None else self.rate_bits / 8
 
+    @property
+    def burst_bytes(self) -> int:
+        """Bytes that pass at once after a pause, before the rate holds; 0 where nothing limits."""
+        return 0 if self.rate_bits is None else max(16_000, int(self.bytes_per_s * BURST_S))
+
     def __repr__(self) -> str:
         rate = "unlimited" if self.rate_bits is None else f"{self.rate_bits / 1e6:,g} Mbit/s"
         return rate + (f", {self.latency_ms:g} ms one way" if self.latency_ms else "")
@@ -36,10 +42,9 @@ class Link:
         delayed = bool(latency and self.latency_ms)
         said = [] if fresh else [f"tc qdisc replace dev {device} root pfifo"]
         if self.rate_bits is not None:
-            burst = max(16_000, int(self.bytes_per_s * 0.002))
             said.append(
                 f"tc qdisc replace dev {device} root handle 1: tbf rate {self.rate_bits:.0f}bit "
-                f"burst {burst} latency {QUEUE_MS}ms"
+                f"burst {self.burst_bytes} latency {QUEUE_MS}ms"
             )
         if delayed:
             parent = "root" if self.rate_bits is None else "parent 1:"

@@ -38,6 +38,14 @@ def test_latency_is_a_queue_below_the_rate() -> None:
     assert not any("netem" in line for line in link("1gbit", 5).lines("port0", latency=False))
 
 
+def test_what_passes_at_once_is_said_and_set() -> None:
+    assert [link(rate).burst_bytes for rate in ("1gbit", "100mbit", "1mbit")] == [
+        250_000, 25_000, 16_000
+    ]  # fmt: skip
+    assert link().burst_bytes == 0
+    assert "burst 250000 " in link("1gbit").lines("eth0", latency=False)[-1]
+
+
 def test_a_link_says_itself() -> None:
     assert repr(link("100mbit", 2)) == "100 Mbit/s, 2 ms one way"
     assert repr(link()) == "unlimited"
