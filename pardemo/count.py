@@ -82,7 +82,7 @@ def describe(
         with FlopCounterMode(display=False) as backward:
             value.backward()
     return Counted(
-        watch.layers(name, samples),
+        watch.layers(name, samples, float(backward.get_total_flops())),
         samples,
         sum(p.numel() for p in model.parameters()),
         sum(b.numel() * b.element_size() for b in model.buffers()),
@@ -113,6 +113,7 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
         self.pieces, self.counter = pieces(model), FlopCounterMode(display=False)
         self.flops = [0.0] * len(self.pieces)
         self.output = [0] * len(self.pieces)
+        self.from_data = [False] * len(self.pieces)  # its input needs no gradient
         self._hooks: list[Any] = []
 
     def __enter__(self) -> _Watch:
@@ -126,8 +127,10 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
             hook.remove()
 
     def _before(self, i: int) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+        def hook(module: nn.Module, args: Any) -> None:
             self.flops[i] -= self.counter.get_total_flops()
+            given = [t for t in tree_leaves(args) if torch.is_tensor(t)]
+            self.from_data[i] = not any(t.requires_grad for t in given)
 
         return hook
 
@@ -138,8 +141,20 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
 
         return hook
 
-    def layers(self, name: str, samples: int) -> Layers:
-        """The pieces as the predictor's `Layers`, per sample."""
+    def backward(self, total: float) -> list[float]:
+        """FLOPs of each piece's backward: 2 for 1 forward, and what is left for the first ones.
+
+        Those work on data, which needs no gradient: they compute the gradients of parameters only.
+        """
+        first = sum(f for f, data in zip(self.flops, self.from_data, strict=True) if data)
+        left = total - 2 * (sum(self.flops) - first)
+        share = min(2.0, max(0.0, left / first)) if first else 2.0
+        return [
+            f * (share if data else 2.0) for f, data in zip(self.flops, self.from_data, strict=True)
+        ]
+
+    def layers(self, name: str, samples: int, backward: float) -> Layers:
+        """The pieces as the predictor's `Layers`, per sample; `backward` FLOPs of all."""
         modules = [m for _, m in self.pieces]
         return Layers(
             tuple(n for n, _ in self.pieces),
@@ -149,6 +164,7 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
             tuple(b / samples for b in self.output),
             name,
             tuple(_kind(m) for m in modules),
+            tuple(f / samples for f in self.backward(backward)),
         )
 
 

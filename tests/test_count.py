@@ -76,6 +76,12 @@ def test_the_layers_feed_the_predictor():
     assert layers.output_bytes == (4 * H, 4 * H, 4 * OUT)
 
 
+def test_a_layer_that_works_on_data_has_half_of_a_backward_pass():
+    seen = count.describe(_mlp, F.mse_loss, _batch())
+    assert seen.layers.backward == (2 * D * H, 0.0, 4 * H * OUT)
+    assert 16 * sum(seen.layers.backward) == seen.backward_flops
+
+
 def _training(model: nn.Module, size: int = 8):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 

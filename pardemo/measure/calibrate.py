@@ -1,8 +1,9 @@
 """calibrate(): this machine's profile in about half a minute, as a dated, JSON-able dict.
 
-What is measured, interleaved in rounds: each collective by size and world size; compute by layer
-kind and shape, forward and backward; the optimizer per parameter; what a step costs to launch; how
-much of its communication a DDP step hides. Times in seconds, sizes in bytes. The schema is
+What is measured, interleaved in rounds: each collective by size and world size, as one of several
+in a row (a lone one, after a pause, meets another state of the machine); compute by layer kind and
+shape, forward and backward; the optimizer per parameter; what a step costs to launch; how much of
+its communication a DDP step hides. Times in seconds, sizes in bytes. The schema is
 "pardemo-profile/1"; nothing in it is fitted, so a prediction made from it can be judged.
 """
 
@@ -20,13 +21,18 @@ from pardemo.launch import Ranks
 from pardemo.machine import Machine, machine
 from pardemo.measure.anatomy import decompose
 from pardemo.measure.calibrate_parts import (
+    FEW,
+    IN_FLIGHT,
     LAYERS,
+    MANY,
+    UNITS,
     LayerPart,
     adam,
     ddp,
-    fsdp_unit,
+    handed_round,
     pair,
     split_pair,
+    units,
 )
 from pardemo.measure.collectives import KINDS, collective
 from pardemo.measure.flops import count_flops, peak_flops
@@ -36,6 +42,7 @@ from pardemo.measure.rounds import Comparison, Progress, compare
 SCHEMA = "pardemo-profile/1"
 SIZES = (4096, 65536, 1048576, 8388608)
 PARAMETERS = (10_000, 1_000_000)
+IN_A_ROW = 8
 
 
 def calibrate(
@@ -81,7 +88,9 @@ def calibrate(
 
 def _cases(worlds: Sequence[int], sizes: Sequence[int], kinds: Sequence[str]) -> dict[str, Case]:
     cases = {
-        f"{kind} {n} {size}": collective(kind, size, ranks=n)
+        f"{kind} {n} {size}": Case(handed_round(size), ranks=n)
+        if kind == "broadcast"
+        else collective(kind, size, ranks=n, times=_repeats(kind))
         for kind in kinds
         for n in worlds
         for size in sizes
@@ -95,8 +104,15 @@ def _cases(worlds: Sequence[int], sizes: Sequence[int], kinds: Sequence[str]) ->
     if worlds:
         cases["pair plain"] = Case(pair)
         cases["pair dtensor"] = Case(split_pair, ranks=worlds[0])
-        cases["unit fsdp"] = Case(fsdp_unit, ranks=worlds[0])
+        for count in (FEW, MANY):
+            cases[f"units of {count}"] = Case(units(count, sharded=False))
+            cases[f"fsdp units of {count}"] = Case(units(count, sharded=True), ranks=worlds[0])
     return cases
+
+
+def _repeats(kind: str) -> int:
+    """Operations in one sample; one send, because a second one does not wait for the receiver."""
+    return {"send": 1, "broadcast": IN_FLIGHT}.get(kind, IN_A_ROW)
 
 
 def _about(here: Machine, name: str, load: Sequence[str]) -> dict[str, Any]:
@@ -134,11 +150,11 @@ def _collectives(
     for kind in kinds:
         for n in worlds:
             for size in sizes:
-                timing = found[f"{kind} {n} {size}"]
+                timing, times = found[f"{kind} {n} {size}"], _repeats(kind)
                 rows.append({
                     "collective": kind, "ranks": n, "nodes": 1, "size_bytes": size,
-                    "time_s": timing.median_s, "status": timing.status,
-                    "rounds_s": [float(np.median(r)) for r in timing.samples],
+                    "time_s": timing.median_s / times, "status": timing.status,
+                    "rounds_s": [float(np.median(r)) / times for r in timing.samples],
                 })  # fmt: skip
     return rows
 
@@ -179,23 +195,25 @@ def _launch(
     """What it costs to begin: an empty step, the smallest layer, the smallest collective.
 
     And what wrappers add to a layer whatever its size: `dtensor_s` for one Linear whose weight is
-    a DTensor, `fsdp_s` for one FSDP unit; forward and backward, their collectives taken out.
+    a DTensor, `fsdp_s` for one FSDP unit and `fsdp_tensor_s` for each parameter tensor in it;
+    forward and backward, their collectives silenced.
     """
     tiny = found["linear 1x16x16 both"].median_s
     fixed = {"step_s": found["nothing"].median_s, "microbatch_s": tiny}
     if not worlds:
         return fixed
 
-    def smallest(kind: str) -> float:
-        return found[f"{kind} {worlds[0]} {min(sizes)}"].median_s if kind in kinds else 0.0
-
     if "all_reduce" in kinds:
-        fixed["collective_s"] = smallest("all_reduce")
-        split = found["pair dtensor"].median_s - found["pair plain"].median_s
-        fixed["dtensor_s"] = max(0.0, split - smallest("all_reduce")) / 2
-    if "all_gather" in kinds and "reduce_scatter" in kinds:
-        sent = smallest("all_gather") + smallest("reduce_scatter")
-        fixed["fsdp_s"] = max(0.0, found["unit fsdp"].median_s - tiny - sent)
+        smallest = found[f"all_reduce {worlds[0]} {min(sizes)}"].median_s
+        fixed["collective_s"] = smallest / _repeats("all_reduce")
+    split = found["pair dtensor"].median_s - found["pair plain"].median_s
+    fixed["dtensor_s"] = max(0.0, split) / 2
+    few, many = (
+        (found[f"fsdp units of {n}"].median_s - found[f"units of {n}"].median_s) / UNITS
+        for n in (FEW, MANY)
+    )
+    fixed["fsdp_tensor_s"] = max(0.0, many - few) / (2 * (MANY - FEW))
+    fixed["fsdp_s"] = max(0.0, few - 2 * FEW * fixed["fsdp_tensor_s"])
     return fixed
 
 

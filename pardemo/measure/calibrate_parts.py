@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+
+from pardemo.measure.quiet import quiet
 
 Pair = tuple[nn.Module, tuple[torch.Tensor, ...]]
 
@@ -105,6 +108,35 @@ class adam:
         return torch.optim.AdamW([parameter]).step
 
 
+IN_FLIGHT = 16
+
+
+class handed_round:
+    """make() of IN_FLIGHT broadcasts at once, of `size_bytes` each, the ranks' own in turn.
+
+    So ZeroRedundancyOptimizer hands round the tensors that each rank updated.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+
+    def __call__(self, mesh: Any) -> Callable[[], object]:
+        group = mesh.get_group()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        sent = [torch.ones(max(1, self.size_bytes // 4), device=device) for _ in range(IN_FLIGHT)]
+        roots = sorted(i % group.size() for i in range(IN_FLIGHT))
+
+        def step() -> None:
+            works = [
+                dist.broadcast(t, group_src=root, group=group, async_op=True)
+                for t, root in zip(sent, roots, strict=True)
+            ]
+            for work in works:
+                work.wait()  # moves S each
+
+        return step
+
+
 def ddp(mesh: Any) -> Callable[[], object]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = nn.Sequential(*[nn.Linear(512, 512) for _ in range(4)]).to(device)
@@ -113,9 +145,9 @@ def ddp(mesh: Any) -> Callable[[], object]:
     return lambda: ddp(x).sum().backward()  # moves 2(n-1)/n of 4.2 MB
 
 
-def _two() -> nn.Sequential:
+def _linears(count: int) -> nn.Sequential:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).to(device)
+    return nn.Sequential(*[nn.Linear(16, 16) for _ in range(count)]).to(device)
 
 
 def _stepped(net: nn.Module) -> Callable[[], object]:
@@ -123,12 +155,23 @@ def _stepped(net: nn.Module) -> Callable[[], object]:
     return lambda: net(x).sum().backward()
 
 
+def _silenced(step: Callable[[], object]) -> Callable[[], object]:
+    """The step without its collectives; the first one is real, because set-up needs answers."""
+    step()
+
+    def silent() -> None:
+        with quiet():
+            step()
+
+    return silent
+
+
 def pair(mesh: Any) -> Callable[[], object]:
-    return _stepped(_two())
+    return _stepped(_linears(2))
 
 
 def split_pair(mesh: Any) -> Callable[[], object]:
-    """A column and a row half of a pair: one all-reduce forward, none back to the input."""
+    """A column and a row half of a pair, its all-reduce silenced."""
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
@@ -136,13 +179,29 @@ def split_pair(mesh: Any) -> Callable[[], object]:
     )
 
     plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
-    return _stepped(parallelize_module(_two(), mesh, plan))
+    return _silenced(_stepped(parallelize_module(_linears(2), mesh, plan)))
 
 
-def fsdp_unit(mesh: Any) -> Callable[[], object]:
-    """One FSDP unit, the root: gathered once, reduced once."""
-    from torch.distributed.fsdp import fully_shard
+UNITS = 2  # of a root without parameters of its own, as the blocks of a model are
+FEW, MANY = 1, 4  # Linear layers in each, of two tensors
 
-    net = _two()[0]
-    fully_shard(net, mesh=mesh)
-    return _stepped(net)
+
+class units:
+    """make() of forward and backward of UNITS units of `linears` layers, sharded (silenced) or not.
+
+    Each unit is gathered twice and reduced once, as a block is.
+    """
+
+    def __init__(self, linears: int, sharded: bool) -> None:
+        self.linears, self.sharded = linears, sharded
+
+    def __call__(self, mesh: Any) -> Callable[[], object]:
+        net = nn.Sequential(*[_linears(self.linears) for _ in range(UNITS)])
+        if not self.sharded:
+            return _stepped(net)
+        from torch.distributed.fsdp import fully_shard
+
+        for unit in net:
+            fully_shard(unit, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        return _silenced(_stepped(net))

@@ -86,9 +86,14 @@ def sweep(
 
 
 def collective(
-    kind: str, size_bytes: int, dtype: str = "float32", ranks: int = 2, pipelined: int = 1
-) -> Case:
-    """A case whose step runs `pipelined` operations of this kind; verified once before timing."""
+    kind: str, size_bytes: int, dtype: str = "float32", ranks: int = 2, pipelined: int = 1,
+    times: int = 1,
+) -> Case:  # fmt: skip
+    """A case whose step runs `pipelined` operations of this kind; verified once before timing.
+
+    `times` such steps in a row make one step: on a loopback an operation that follows another takes
+    another time than one that follows a pause.
+    """
     if kind not in KINDS:
         raise ValueError(f"no collective {kind!r}; there are {', '.join(KINDS)}")
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -99,11 +104,11 @@ def collective(
             f"{size_bytes} bytes cannot be cut into {ranks} equal parts of {dtype}: use a multiple "
             f"of {ranks * width}"
         )
-    make = partial(_make, kind, size_bytes // width, getattr(torch, dtype), pipelined)
+    make = partial(_make, kind, size_bytes // width, getattr(torch, dtype), pipelined, times)
     return Case(make, ranks=ranks, label=f"{kind} {size_bytes}")
 
 
-def _make(kind: str, count: int, dtype: torch.dtype, pipelined: int, mesh: Any) -> Step:
+def _make(kind: str, count: int, dtype: torch.dtype, pipelined: int, times: int, mesh: Any) -> Step:
     group = mesh.get_group()
     issue, out, want = _prepare(kind, count, dtype, group)
     _wait(issue())
@@ -114,9 +119,9 @@ def _make(kind: str, count: int, dtype: torch.dtype, pipelined: int, mesh: Any) 
         out.zero_()  # so that the sum does not grow when it is repeated
 
     def step() -> None:
-        works = [issue() for _ in range(pipelined)]
-        for work in works:
-            _wait(work)
+        for _ in range(times):
+            for work in [issue() for _ in range(pipelined)]:
+                _wait(work)
 
     return step
 

@@ -101,7 +101,11 @@ class Transformer:
 
 @dataclass(frozen=True)
 class Layers:
-    """Any model as a list of counted layers: per sample forward FLOPs, parameters, activations."""
+    """Any model as a list of counted layers: per sample forward FLOPs, parameters, activations.
+
+    `backward`: per sample FLOPs of the backward pass, twice the forward ones where nothing is
+    given. A layer whose input needs no gradient has less.
+    """
 
     names: tuple[str, ...]
     flops: tuple[float, ...]
@@ -110,9 +114,12 @@ class Layers:
     output_bytes: tuple[float, ...]
     name: str = "model"
     kinds: tuple[str, ...] = ()
+    backward: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        sizes = {len(self.names), len(self.flops), len(self.parameters)}
+        if not self.backward:
+            object.__setattr__(self, "backward", tuple(2 * f for f in self.flops))
+        sizes = {len(self.names), len(self.flops), len(self.parameters), len(self.backward)}
         sizes |= {len(self.activation_bytes), len(self.output_bytes)}
         if len(sizes) != 1:
             raise ValueError(f"every field needs one entry per layer, got lengths {sorted(sizes)}")

@@ -16,7 +16,8 @@ Schema "pardemo-profile/1" (times in seconds, sizes in bytes, rates per second):
     optimizer          {name, seconds_per_parameter, fixed_s}
     overlap            {hidden_share: 0..1 (0: nothing hides), slowdown: >= 1}
     launch             {step_s, microbatch_s, collective_s; dtensor_s per Linear cut by DTensor,
-                       fsdp_s per FSDP unit: forward and backward, without their collectives}
+                       fsdp_s per FSDP unit and fsdp_tensor_s per parameter tensor in one: forward
+                       and backward, their collectives silenced}
     constants          {name: value} of constants.TIME, when fitted on runs
     calibrated         {max_nodes, max_ranks, runs}: the largest runs the constants were fitted on
     residual           {median, p90}: how far predictions were from runs, as fractions

@@ -22,8 +22,9 @@ class Runs:
     """Usable runs: physics `columns`, measured `seconds` (nan if not) and `memory` in bytes.
 
     `ran` is False for runs that ran out of memory. `group` names machine and source, `where` the
-    model and node count within which layouts compete, `tokens` per step; `skipped` says why rows
-    fell out; `unknown` GPUs not in the data sheets.
+    model and node count within which layouts compete, `name` a run in words, `tokens` per step;
+    `rows` are lines of the file; `skipped` says why rows fell out; `unknown` GPUs not in the data
+    sheets.
     """
 
     columns: Columns
@@ -32,6 +33,7 @@ class Runs:
     ran: np.ndarray
     group: np.ndarray
     where: np.ndarray
+    name: np.ndarray
     tokens: np.ndarray
     capacity: np.ndarray
     rows: np.ndarray
@@ -43,7 +45,17 @@ class Runs:
 
     def select(self, index: np.ndarray) -> Runs:
         """The rows of `index`."""
-        fields = ("seconds", "memory", "ran", "group", "where", "tokens", "capacity", "rows")
+        fields = [
+            "seconds",
+            "memory",
+            "ran",
+            "group",
+            "where",
+            "name",
+            "tokens",
+            "capacity",
+            "rows",
+        ]
         picked = {f: getattr(self, f)[index] for f in fields}
         return Runs(take(self.columns, index), **picked, skipped=self.skipped, unknown=self.unknown)
 
@@ -88,12 +100,22 @@ def runs(table: Table) -> Runs:
         ran[good],
         np.array(source)[good],
         np.array(where),
+        np.array([_in_words(label[r], c, i) for i, r in enumerate(good)]),
         tokens,
         capacity[good],
         np.array(table.lines)[good],
         skipped,
         unknown,
     )
+
+
+def _in_words(label: str, c: Columns, i: int) -> str:
+    """Run `i` as one would say it: model, GPUs, every axis of more than one rank, microbatches."""
+    model = label.strip() or f"{int(c['layers'][i])} layers of {int(c['hidden'][i])}"
+    axes = [f"{axis}{int(c[axis][i])}" for axis in ("dp", "tp", "pp", "cp") if c[axis][i] > 1]
+    each = f"{int(c['microbatches'][i])} x {int(c['microbatch'][i])} sequences"
+    again = ("", ", some recomputed", ", all recomputed")[int(c["recompute"][i])]
+    return f"{model} on {int(c['ranks'][i])} GPUs, {' '.join(axes) or 'one rank'}, {each}{again}"
 
 
 UNITS = {

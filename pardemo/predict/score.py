@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,28 @@ from typing import Any
 from pardemo.predict.fit import Fit
 from pardemo.predict.score_collectives import score_collectives
 from pardemo.predict.score_other import score_ddp
-from pardemo.predict.score_runs import score_runs
+from pardemo.predict.score_runs import ScoredRun, Small, score_runs
 from pardemo.predict.stats import finite, percent
 from pardemo.predict.tables import TableError, read
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well one table was predicted; repr is the report, `.json()` one line of it."""
+    """How well one table was predicted; repr is the report, `.json()` one line of it.
+
+    `runs` are the predicted rows of a table of runs, in the file's order.
+    """
 
     path: str
     kind: str
     seed: int
     stats: dict[str, Any]
     fits: dict[str, Fit] = field(default_factory=dict)
+    runs: tuple[ScoredRun, ...] = ()
+
+    def misses(self, count: int = 3) -> list[ScoredRun]:
+        """The runs whose prediction was furthest off, by |log(predicted / published)|."""
+        return sorted(self.runs, key=lambda run: -abs(math.log(run.ratio)))[:count]
 
     def document(self) -> dict[str, Any]:
         """The JSON document: file, kind, seed, statistics, constants with units and bounds."""
@@ -50,6 +59,7 @@ class Score:
         for key, title in _TITLES.items():
             if self.stats.get(key, {}).get("rows"):
                 lines.append(_errors(title, self.stats[key]))
+        lines += [f"  far off, line {run.line}: {run!r}" for run in self.misses()]
         lines += _regret(self.stats.get("regret", {}))
         lines += _out_of_memory(self.stats.get("out_of_memory", {}))
         for name, s in self.stats.get("flops", {}).items():
@@ -75,6 +85,8 @@ _TITLES = {
     "time": "time",
     "one_node": "time on one node",
     "several_nodes": "time on several nodes",
+    "more_nodes": "extrapolated: time on more nodes than calibrated",
+    "larger_models": "extrapolated: time of larger models than calibrated",
     "inside": "sizes inside the measured range (interpolated)",
     "between_nodes": "between measured node counts, one size (no curve there)",
     "unseen": "curves without a calibrated point (data sheets, extrapolated)",
@@ -127,11 +139,16 @@ def _out_of_memory(s: dict[str, Any]) -> list[str]:
     ]
 
 
-def score(path: str | Path, calibrate_rows: int | None = None, seed: int = 0) -> Score:
+def score(
+    path: str | Path, calibrate_rows: int | None = None, seed: int = 0,
+    most_nodes: float = math.inf, most_parameters: float = math.inf,
+) -> Score:  # fmt: skip
     """Predict the table at `path` after calibrating on some of its rows.
 
     calibrate_rows None means 50, or half of a small table (every other inner point for
-    collectives). TableError (a ValueError) with one line for a file that cannot be used.
+    collectives). `most_nodes` and `most_parameters` let only small runs calibrate: what the others
+    then cost is extrapolated, and refused on more than 4 times the nodes. TableError (a ValueError)
+    with one line for a file that cannot be used.
     """
     if not 0 <= seed < 2**63:
         raise TableError(f"--seed must be at least 0 and below 2^63, got {seed}")
@@ -140,5 +157,5 @@ def score(path: str | Path, calibrate_rows: int | None = None, seed: int = 0) ->
         return Score(str(path), table.kind, seed, score_collectives(table, calibrate_rows, seed))
     if table.kind == "ddp":
         return Score(str(path), table.kind, seed, score_ddp(table, calibrate_rows, seed))
-    found = score_runs(table, calibrate_rows, seed)
-    return Score(str(path), table.kind, seed, found.stats, found.fits)
+    found = score_runs(table, calibrate_rows, seed, Small(most_nodes, most_parameters))
+    return Score(str(path), table.kind, seed, found.stats, found.fits, found.runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +20,24 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="rows to calibrate on (default 50, or half of a small table)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="which rows those are (default 0)")
+    parser.add_argument(
+        "--most-nodes", type=float, default=math.inf, metavar="N",
+        help="calibrate on runs of at most so many nodes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--most-parameters", type=float, default=math.inf, metavar="N",
+        help="calibrate on models of at most so many parameters (7e9)",
+    )  # fmt: skip
     parser.add_argument("--brief", action="store_true", help="leave the constants out")
     return parser
 
 
 def run_score(options: argparse.Namespace) -> int:
     """Print the report and, as the last line, the JSON document; TableError for a bad file."""
-    found = score(options.file, options.calibrate_rows, options.seed)
+    found = score(
+        options.file, options.calibrate_rows, options.seed, options.most_nodes,
+        options.most_parameters,
+    )  # fmt: skip
     text = repr(found)
     if options.brief:
         text = "\n".join(x for x in text.splitlines() if not x.startswith(("    ", "  constants")))

@@ -18,6 +18,7 @@ from pardemo.predict.fit import Fit, fit, held_out_spread
 from pardemo.predict.flop_check import flop_stats
 from pardemo.predict.memory import fitted_total, total
 from pardemo.predict.physics import seconds
+from pardemo.predict.prediction import human
 from pardemo.predict.runs import Runs, runs
 from pardemo.predict.stats import auc, errors, regret
 from pardemo.predict.step import FURTHEST
@@ -37,38 +38,85 @@ ROOM = 0.92
 
 
 @dataclass(frozen=True)
+class ScoredRun:
+    """One run that was predicted: its line in the file, its name, seconds said and published."""
+
+    line: int
+    name: str
+    predicted_s: float
+    measured_s: float
+
+    @property
+    def ratio(self) -> float:
+        """Predicted / published: 1 is right, 2 is twice too slow."""
+        return self.predicted_s / self.measured_s
+
+    def __repr__(self) -> str:
+        said, was = human(self.predicted_s, "s"), human(self.measured_s, "s")
+        return f"{self.name}: predicted {said}, published {was}, ratio {self.ratio:.2f}"
+
+
+@dataclass(frozen=True)
 class RunScore:
-    """Everything a score of runs says: `stats` (JSON-able), the fits, and the rows' predictions."""
+    """Everything a score of runs says: `stats` (JSON-able), the fits, and the predicted runs."""
 
     stats: dict[str, Any]
     fits: dict[str, Fit]
-    rows: np.ndarray
-    predicted: np.ndarray
-    measured: np.ndarray
+    runs: tuple[ScoredRun, ...]
 
 
-def choose(candidates: np.ndarray, wanted: int | None, seed: int, path: str) -> np.ndarray:
-    """Which rows calibrate: `wanted` of them at random, by default 50 or half of what there is."""
+@dataclass(frozen=True)
+class Small:
+    """Which runs may calibrate: those on at most `nodes`, of models of at most `parameters`."""
+
+    nodes: float = np.inf
+    parameters: float = np.inf
+
+    def among(self, data: Runs, rows: np.ndarray) -> np.ndarray:
+        """Those of `rows`; TableError when there are none."""
+        nodes, size = data.columns["nodes"][rows], parameters(data.columns)[rows]
+        found = rows[(nodes <= self.nodes) & (size <= self.parameters)]
+        if len(found) == 0:
+            raise TableError(
+                f"no run on at most {self.nodes:g} nodes of a model of at most {self.parameters:g} "
+                f"parameters: the smallest have {nodes.min():g} nodes, {size.min():.3g} parameters"
+            )
+        return found
+
+
+def parameters(c: Columns) -> np.ndarray:
+    """Parameters of each run's model that a token uses."""
+    return c["layers"] * c["active_p"] + c["table_p"]
+
+
+def choose(
+    candidates: np.ndarray, wanted: int | None, seed: int, path: str, total: int
+) -> np.ndarray:
+    """Which rows calibrate: `wanted` of the candidates at random, by default 50 or half of all.
+
+    `total` usable rows there are; where fewer are candidates, all of these may be taken.
+    """
     if wanted is None:
-        wanted = min(DEFAULT_ROWS, len(candidates) // 2)
+        wanted = min(DEFAULT_ROWS, total // 2)
     if wanted < 0:
         raise TableError(f"{path}: --calibrate-rows must be 0 or more, got {wanted}")
-    if wanted >= len(candidates):
+    if wanted >= total:
         raise TableError(
-            f"{path}: --calibrate-rows {wanted} leaves nothing to predict: "
-            f"{len(candidates)} usable rows"
+            f"{path}: --calibrate-rows {wanted} leaves nothing to predict: {total} usable rows"
         )
     order = np.random.default_rng(seed).permutation(candidates)
     return np.sort(order[:wanted])
 
 
-def score_runs(table: Table, wanted: int | None, seed: int) -> RunScore:
-    """Calibrate, predict, and compare; TableError when nothing is left to predict."""
+def score_runs(
+    table: Table, wanted: int | None, seed: int, small: Small = Small()
+) -> RunScore:  # fmt: skip
+    """Calibrate on `small` runs, predict, and compare; TableError when nothing is left."""
     data = runs(table)
     timed = np.flatnonzero(data.ran & np.isfinite(data.seconds))
     if len(timed) == 0:
         raise TableError(f"{table.path}: no row has a time")
-    learn = choose(timed, wanted, seed, table.path)
+    learn = choose(small.among(data, timed), wanted, seed, table.path, len(timed))
     fits: dict[str, Fit] = {}
     peak, fits_memory = predict_memory(data, learn)
     if fits_memory is not None:
@@ -89,6 +137,7 @@ def score_runs(table: Table, wanted: int | None, seed: int) -> RunScore:
         "skipped": data.skipped,
         "unknown_gpus": list(data.unknown),
     }
+    stats |= extrapolated(data, learn, answered, predicted)
     far = data.columns["nodes"][answered] > 1
     if far.any() and not far.all():  # one median over both would hide the harder half
         for name, some in (("one_node", answered[~far]), ("several_nodes", answered[far])):
@@ -102,7 +151,25 @@ def score_runs(table: Table, wanted: int | None, seed: int) -> RunScore:
         stats["regret"] = regrets(data, answered, predicted, peak)
     stats |= memory_stats(data, learn, peak)
     stats["flops"] = flop_stats(table)
-    return RunScore(stats, fits, data.rows[answered], predicted[answered], data.seconds[answered])
+    told = tuple(
+        ScoredRun(int(data.rows[i]), str(data.name[i]), float(predicted[i]), float(data.seconds[i]))
+        for i in answered
+    )
+    return RunScore(stats, fits, told)
+
+
+def extrapolated(
+    data: Runs, learn: np.ndarray, answered: np.ndarray, predicted: np.ndarray
+) -> dict[str, Any]:
+    """Errors apart for runs on more nodes, and of larger models, than any that calibrated."""
+    out = {}
+    if len(learn):
+        sizes = {"more_nodes": data.columns["nodes"], "larger_models": parameters(data.columns)}
+        for name, size in sizes.items():
+            some = answered[size[answered] > size[learn].max()]
+            if len(some):
+                out[name] = errors(predicted[some], data.seconds[some])
+    return out
 
 
 def beyond(c: Columns, learn: np.ndarray, rest: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 T = compute of the slowest rank + bubble + exposed transfer + optimiser + launch. Nothing is
 assumed hidden: `overlap.hidden_share` of the profile was measured on this machine, and is about 0
-where ranks share cores.
+where ranks share cores; there `overlap.slowdown` says how much more a transfer costs than alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def compute_seconds(layers: Layers, batch: float, profile: Profile) -> tuple[flo
     """(forward, backward, evidence) seconds of one process on `batch` samples.
 
     Every layer's FLOPs are looked up on the calibrated curve of its kind ("whole" where a kind was
-    not calibrated). ProfileError when nothing was.
+    not calibrated). The curves' layers send a gradient to their input; one that works on data does
+    not, and its backward takes its share of their FLOPs. ProfileError when nothing was.
     """
     kinds = layers.kinds or ("linear",) * len(layers.names)
     curves: dict[tuple[str, str], Curve] = {}
@@ -44,13 +45,13 @@ def compute_seconds(layers: Layers, batch: float, profile: Profile) -> tuple[flo
             curves[kind, way] = Curve("send", 1, 1, sizes, times)
     forward = backward = 0.0
     outside = False
-    for kind, flops in zip(kinds, layers.flops, strict=True):
+    for kind, flops, back in zip(kinds, layers.flops, layers.backward, strict=True):
         if flops <= 0:
             continue
         f, seen = curves[kind, "forward_s"](flops * batch)
         b, _ = curves[kind, "backward_s"](flops * batch)
         outside |= "extrapolated" in seen
-        forward, backward = forward + f, backward + b
+        forward, backward = forward + f, backward + b * back / (2 * flops)
     text = f"{profile.cite}, compute by layer kind"
     return forward, backward, f"extrapolated: {text}" if outside else text
 
@@ -72,19 +73,25 @@ def wrapper_terms(
     profile: Profile,
     split_linears: int = 0,
     units: int = 0,
+    unit_tensors: int = 0,
     copied_bytes: float = 0,
     ring_flops: float = 0,
     ring_blocks: int = 1,
 ) -> list[Term]:
     """Work that a strategy adds on each rank: dispatch, copies, attention by single operators.
 
-    `split_linears`: Linear layers whose weight is a DTensor. `units`: FSDP units. `copied_bytes`:
-    copied into and out of communication buffers. `ring_flops`: attention's forward FLOPs of a rank
-    in one step, in `ring_blocks` blocks; what the fused kernel would take is subtracted, because
-    one process's time holds it. A part that the profile has not calibrated adds nothing.
+    `split_linears`: Linear layers whose weight is a DTensor. `units`: FSDP units, of `unit_tensors`
+    parameter tensors together. `copied_bytes`: copied into and out of communication buffers.
+    `ring_flops`: attention's forward FLOPs of a rank in one step, in `ring_blocks` blocks; what the
+    fused kernel would take is subtracted, because one process's time holds it. A part that the
+    profile has not calibrated adds nothing.
     """
     out = []
-    for name, count, key in (("dtensor", split_linears, "dtensor_s"), ("units", units, "fsdp_s")):
+    for name, count, key in (
+        ("dtensor", split_linears, "dtensor_s"),
+        ("units", units, "fsdp_s"),
+        ("unit tensors", unit_tensors, "fsdp_tensor_s"),
+    ):
         each = float(profile.launch.get(key, 0.0))
         if count and each:
             text = f"{count} x {human(each, 's')} to dispatch, forward and backward"
@@ -143,16 +150,28 @@ def strategy_step(
     )
     parts[0] = _scaled(parts[0], oversubscribed)
     if sent is not None and sent.total > 0:
-        try:
-            moved = transfer_seconds(sent, ranks, nodes, profile)
-        except LookupError as error:
-            raise Refused(str(error)) from None
-        hidden = profile.overlap.get("hidden_share", 0.0) if strategy in OVERLAPS else 0.0
-        parts += [_scaled(t, 1 - hidden, f"(1 - {hidden:g} hidden) x ") for t in moved]
+        parts += _exposed(strategy, sent, ranks, nodes, profile)
     parts += [_scaled(t, oversubscribed) for t in extra]
     parts += _fixed_terms(profile, parameters, microbatches)
     lo, hi = _interval(parts, profile)
     return Prediction(f"step of {strategy} on {ranks} ranks", tuple(parts), "s", lo, hi)
+
+
+def _exposed(
+    strategy: str, sent: SentBytes, ranks: int, nodes: int, profile: Profile
+) -> list[Term]:
+    """The transfers, less what computing hides of them; Refused without a curve for one."""
+    try:
+        moved = transfer_seconds(sent, ranks, nodes, profile)
+    except LookupError as error:
+        raise Refused(str(error)) from None
+    overlap = profile.overlap if strategy in OVERLAPS else {}
+    hidden, slower = overlap.get("hidden_share", 0.0), overlap.get("slowdown", 1.0)
+    text = f"(1 - {hidden:g} hidden) x {slower:g} x "
+    return [
+        t if m.phase == "optimizer" else _scaled(t, (1 - hidden) * slower, text)
+        for m, t in zip(sent.messages, moved, strict=True)  # nothing computes beside the optimiser
+    ]
 
 
 def _fixed_terms(profile: Profile, parameters: float, microbatches: int) -> list[Term]:

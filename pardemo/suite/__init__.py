@@ -2,9 +2,11 @@
 
 table = suite.run("gpt-mini", nprocs=2)
 print(suite.verdict(table))
+suite.foretell(["ddp", "fsdp"], work, ranks)    # predictions alone, before anything is run
 """
 
 from . import claims
+from .foretold import foretell
 from .run import run
 from .scaling import Point, Scaling, scale
 from .table import ALL, ONE, Row, Table
@@ -19,6 +21,7 @@ __all__ = [
     "Table",
     "claims",
     "doubts",
+    "foretell",
     "run",
     "scale",
     "verdict",

@@ -17,7 +17,7 @@ def throughput(table: Table) -> Said:
         )
     best = max(sound, key=lambda row: row.throughput or 0)
     claim = f"{best.name} trains {best.throughput:.3g} samples/s, the most of what can be trusted."
-    return claim, f"{_setting(table)} Pale bars are not sound; dotted: predicted beforehand."
+    return claim, f"{_setting(table)} Pale bars are not sound; dotted: predicted."
 
 
 def samples(table: Table) -> Said:
@@ -84,8 +84,8 @@ def prediction(table: Table) -> Said:
     worst = max(errors, key=lambda name: abs(errors[name]))
     claim = f"The median error of {len(errors)} predictions is {middle:.0%}."
     return claim, (
-        f"Worst: {worst}, {errors[worst]:+.0%}. Predicted before measuring, from parts timed alone "
-        "and calibrated collectives; nothing was fitted to these steps."
+        f"Worst: {worst}, {errors[worst]:+.0%}. Added up from parts timed alone in the same "
+        "rounds, and from calibrated collectives; nothing was fitted to these steps."
     )
 
 

@@ -2,7 +2,8 @@
 
 The parts: forward and backward of one process on the share of the batch that a rank will have (on
 all ranks at once, so that they share the machine as they will, but exchange nothing), one optimiser
-step, and the calibrated curves of the collectives. What is added is predict's arithmetic.
+step, on plain tensors and on slices of them (DTensors, whose every operator is dispatched in
+Python), and the calibrated curves of the collectives. What is added is predict's arithmetic.
 """
 
 from __future__ import annotations
@@ -12,22 +13,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from pardemo import predict
 from pardemo.launch import Ranks
-from pardemo.measure import Case, calibrate, compare
-from pardemo.predict import Prediction, Profile, ProfileError, Term, load
-from pardemo.predict.strategy_step import wrapper_terms
+from pardemo.measure import Case, Comparison, calibrate, compare
+from pardemo.predict import Prediction, Profile, ProfileError, load
 from pardemo.strategies.base import call, to_device
 from pardemo.workloads import Workload
 
-from .forms import Scene, closed_form, sharded_knobs
+from .foresee_terms import CHAINS, additions, each_message, slices, waiting
+from .forms import Scene, closed_form
 
-CHAINS = ("model_parallel", "pipeline")
 MESHES = ("dp_tp", "fsdp_tp", "dp_pp", "tp_pp", "dp_pp_tp")
 SHARDED = ("fsdp", "hsdp", "zero1", "tensor", "expert", *CHAINS)  # optimiser state in parts
+SLICED = {"fsdp", "hsdp", "tensor"}  # parameters are DTensors
 WHOLE_BATCH = ("tensor", "context", "expert")  # every rank sees all samples, a part of each
 
 
@@ -37,8 +41,12 @@ class Part:
 
     work: Workload
     size: int
+    sliced: bool = False  # the optimiser, on each rank's slices of the parameters
 
     def __call__(self, mesh: DeviceMesh | None) -> Callable[[], Any]:
+        if self.sliced:
+            assert mesh is not None
+            return self._on_slices(mesh)
         model = self.work.make_model(0)
         device = next(model.parameters()).device
         inputs, targets = to_device(self.work.make_batch(max(self.size, 1), 0, 0), device)
@@ -53,30 +61,67 @@ class Part:
         forward_backward()
         return optimizer.step
 
+    def _on_slices(self, mesh: DeviceMesh) -> Callable[[], Any]:
+        """The optimiser over the model's parameters cut along dim 0; nothing is sent."""
+        model = self.work.make_model(0)
+        kept = [p for p in model.parameters() if p.requires_grad and p.ndim]
+        slices = [
+            nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None))
+            for p in kept
+        ]
+        for own in slices:
+            own.grad = torch.ones_like(own) * 1e-3
+        return self.work.make_optimizer(slices).step
+
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of each part: forward and backward by samples, and the optimiser (whole model)."""
+    """Seconds of each part: forward and backward by samples, and the optimiser (whole model).
+
+    `slice_s`: what one parameter tensor that is a slice (a DTensor) adds to the optimiser's step.
+    `skew_s`: how much later than the mean rank the slowest one ends forward and backward.
+    """
 
     by_size: dict[int, float]
     optimizer_s: float
+    slice_s: float = 0.0
+    skew_s: float = 0.0
 
     def __repr__(self) -> str:
         told = ", ".join(f"{size} samples {s * 1e3:.3g} ms" for size, s in self.by_size.items())
-        return (
-            f"one process, forward and backward: {told}; optimizer {self.optimizer_s * 1e3:.3g} ms"
-        )
+        text = f"one process, forward and backward: {told}; optimizer {self.optimizer_s * 1e3:.3g}"
+        more = f", {self.slice_s * 1e3:.3g} ms more per sliced tensor" if self.slice_s else ""
+        return f"{text} ms{more}"
+
+
+def part_cases(scene: Scene, names: Sequence[str]) -> dict[str, Case]:
+    """The parts that the predictions of `names` need; none of them sends anything."""
+    sizes = sorted({size for name in names for size in sizes_needed(scene, name)})
+    parts = {f"part: {size} samples": Part(scene.work, size) for size in sizes}
+    parts["part: optimizer"] = Part(scene.work, 0)
+    if SLICED.intersection(names):
+        parts["part: on slices"] = Part(scene.work, 0, sliced=True)
+    return {name: Case(part, ranks=scene.ranks) for name, part in parts.items()}
+
+
+def read_parts(scene: Scene, names: Sequence[str], found: Comparison) -> Parts:
+    """The parts' seconds from a comparison that held `part_cases`."""
+    sizes = sorted({size for name in names for size in sizes_needed(scene, name)})
+    whole, each = found["part: optimizer"].median_s, 0.0
+    if SLICED.intersection(names):
+        tensors = sum(bool(p.ndim) for p in scene.parameters)
+        each = max(0.0, found["part: on slices"].median_s - whole / scene.ranks) / max(1, tensors)
+    by_size = {size: found[f"part: {size} samples"].median_s for size in sizes}
+    blocks = found.samples.of(f"part: {sizes[0]} samples")
+    late = [float(np.median(b.wall_s.max(axis=0) - b.wall_s.mean(axis=0))) for b in blocks]
+    skew = float(np.median(late)) * (by_size[max(sizes)] / by_size[sizes[0]]) ** 0.5
+    return Parts(by_size, whole, each, skew)
 
 
 def measure_parts(scene: Scene, names: Sequence[str], ranks: Ranks, budget_s: float) -> Parts:
     """Time the parts that the predictions of `names` need, interleaved, without any transfer."""
-    sizes = sorted({size for name in names for size in sizes_needed(scene, name)})
-    cases = {f"{size} samples": Case(Part(scene.work, size), ranks=scene.ranks) for size in sizes}
-    cases["optimizer"] = Case(Part(scene.work, 0), ranks=scene.ranks)
-    found = compare(cases, ranks=ranks, rounds=6, max_rounds=12, budget_s=budget_s)
-    return Parts(
-        {size: found[f"{size} samples"].median_s for size in sizes}, found["optimizer"].median_s
-    )
+    how: dict[str, Any] = {"rounds": 6, "max_rounds": 12, "budget_s": budget_s}
+    return read_parts(scene, names, compare(part_cases(scene, names), ranks=ranks, **how))
 
 
 def known_machine(profile: Profile | str | None, ranks: Ranks) -> Profile:
@@ -134,29 +179,6 @@ def cut_share(scene: Scene) -> float:
     return 1 - head / max(weights + scores, head)
 
 
-def additions(name: str, scene: Scene, profile: Profile) -> list[Term]:
-    """What the strategy's own machinery costs on each rank, from calibrated constants."""
-    config: Any = getattr(scene.model, "config", None)
-    if name == "tensor" and hasattr(config, "n_layer"):
-        linears = sum(isinstance(m, nn.Linear) for m in scene.model.modules()) - 1
-        return wrapper_terms(profile, split_linears=linears)
-    if name == "fsdp":
-        known = sharded_knobs(scene, scene.ranks)
-        # out of each gather, and into each reduce-scatter
-        copied = (3 * known["parameters"] - known["root"]) * scene.element_bytes
-        return wrapper_terms(profile, units=known["units"], copied_bytes=copied)
-    if name == "context" and hasattr(config, "n_layer"):
-        length = config.block_size
-        flops = 4.0 * scene.batch_size * config.n_embd * length * length / scene.ranks
-        terms = wrapper_terms(profile, ring_flops=flops, ring_blocks=scene.ranks)
-        layers = config.n_layer
-        return [
-            dataclasses.replace(t, value=t.value * layers, formula=f"{layers} layers x {t.formula}")
-            for t in terms
-        ]
-    return []
-
-
 def predicted(
     name: str, scene: Scene, parts: Parts, profile: Profile, cores: int
 ) -> Prediction | str:
@@ -185,11 +207,14 @@ def predicted(
         ]
         knobs["shares"] = [count / sum(counts) for count in counts]
         knobs["schedule"] = "1f1b"
+    extra = additions(name, scene, profile) + slices(name, scene, parts.slice_s)
+    extra += waiting(name, sent, parts.skew_s)
     try:
         found = predict.step(
-            name, profile=known, ranks=scene.ranks, compute_s=alone * times * spread, sent=sent,
+            name, profile=known, ranks=scene.ranks, compute_s=alone * times * spread,
+            sent=each_message(name, scene, sent),
             parameters=held, oversubscribed=max(1.0, scene.ranks / cores),
-            extra=additions(name, scene, profile), **knobs,
+            extra=extra, **knobs,
         )  # fmt: skip
     except (predict.Refused, ProfileError) as error:
         return f"{name}: no prediction: {error}"

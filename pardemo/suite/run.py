@@ -20,6 +20,7 @@ from pardemo.workloads import Workload
 from pardemo.workloads import workload as find_workload
 
 from . import foresee, forms, inside, keep, ledger, weights
+from .foretold import Foresight, Said, drift, foresight, numbers
 from .table import ALL, ONE, Row, Table
 
 Say = Callable[[str], None]
@@ -125,13 +126,21 @@ def _run(
     fit = [c for c in fit if _proven(plan, c, ranks)]
     for candidate in fit:
         _look(plan, candidate, ranks)
-    notes = _predict(plan, fit, ranks, profile)
+    ahead, said = _predict(plan, fit, ranks, profile)
     timed = [*_baselines(plan), *fit]
     plan.say(f"measuring {len(timed)} variants, interleaved")
+    cases = {c.name: c.case for c in timed} | (ahead.cases() if ahead else {})
     found = compare(
-        {c.name: c.case for c in timed}, ranks=ranks, rounds=plan.rounds, budget_s=plan.seconds,
+        cases, ranks=ranks, rounds=plan.rounds, budget_s=plan.seconds,
         progress=every_fourth(plan.say),
     )  # fmt: skip
+    notes = []
+    if ahead is not None:
+        beside = ahead.beside(found)
+        notes = [one for one in beside.values() if isinstance(one, str)]
+        notes += drift(said, beside, found)
+        for candidate in fit:
+            candidate.facts |= numbers(beside.get(candidate.name))
     if anatomy:
         for candidate in fit:
             notes += _take_apart(plan, candidate, ranks)
@@ -239,28 +248,19 @@ def _look(plan: Plan, candidate: _Candidate, ranks: Ranks) -> None:
 
 def _predict(
     plan: Plan, fit: list[_Candidate], ranks: Ranks, profile: Profile | str | None
-) -> list[str]:
-    """Put a prediction beside every strategy, before any of them is timed; returns what to note."""
-    if not (over_ranks := [c for c in fit if c.ranks > 1]):
-        return []
+) -> tuple[Foresight | None, Said]:
+    """Say a prediction of every strategy before any of them is timed; how to predict again."""
+    names = [c.name for c in fit if c.ranks > 1]
+    if not any(name not in foresee.MESHES for name in names):
+        return None, {}
     plan.say("calibrating collectives, and parts of the step alone")
-    known = foresee.known_machine(profile, ranks)
-    names = [c.name for c in over_ranks if c.name not in foresee.MESHES]
-    parts = foresee.measure_parts(plan.scene, names, ranks, plan.seconds / 3)
+    ahead = foresight(names, plan.scene, ranks, profile)
+    parts, said = ahead.before(ranks, plan.seconds / 4)
     plan.say(repr(parts))
-    notes = []
-    for candidate in over_ranks:
-        found = foresee.predicted(candidate.name, plan.scene, parts, known, plan.here.devices)
+    for found in said.values():
         if isinstance(found, Prediction):
-            candidate.facts |= {
-                "predicted_s": found.value,
-                "predicted_lo_s": found.lo,
-                "predicted_hi_s": found.hi,
-            }
             plan.say(f"predicted: {found!r}")
-        else:
-            notes.append(found)
-    return notes
+    return ahead, said
 
 
 def _take_apart(plan: Plan, candidate: _Candidate, ranks: Ranks) -> list[str]:

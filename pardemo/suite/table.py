@@ -84,7 +84,7 @@ class Row:
 
     @property
     def throughput_predicted(self) -> float | None:
-        """What was predicted before the measurement."""
+        """What was predicted."""
         return self._rate(self.predicted_s)
 
     @property

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pardemo import predict
-from pardemo.suite.foresee import Parts, additions, alone_s, cut_share, sizes_needed
+from pardemo.suite.foresee import Parts, alone_s, cut_share, sizes_needed
+from pardemo.suite.foresee_terms import additions, each_message, slices, waiting
+from pardemo.suite.forms import closed_form
 from pardemo.suite.scene import Scene
 from pardemo.workloads import workload
 
@@ -23,7 +25,8 @@ def _machine() -> predict.Profile:
         {
             "schema": predict.SCHEMA, "name": "test", "date": "2026-01-01", "source": "made up",
             "per_node": 2, "memory_bytes": 1e9, "peak_flops": {"float32": 1e9}, "compute": rows,
-            "memory_bandwidth": 1e10, "launch": {"dtensor_s": 2e-4, "fsdp_s": 1e-3},
+            "memory_bandwidth": 1e10,
+            "launch": {"dtensor_s": 2e-4, "fsdp_s": 1e-3, "fsdp_tensor_s": 1e-4},
         }
     )  # fmt: skip
 
@@ -46,8 +49,42 @@ def test_what_a_strategy_adds_is_named_and_the_others_add_nothing():
     (tensor,) = additions("tensor", SCENE, _machine())
     linears = 6 * config.n_layer  # wq, wk, wv, wo and two of the feed-forward
     assert tensor.value == pytest.approx(linears * 2e-4)
-    assert {t.name for t in additions("fsdp", SCENE, _machine())} == {"units", "copies"}
+    sharded = {t.name: t.value for t in additions("fsdp", SCENE, _machine())}
+    assert set(sharded) == {"units", "unit tensors", "copies"}
+    assert sharded["unit tensors"] == pytest.approx(len(SCENE.parameters) * 1e-4)
     (ring,) = additions("context", SCENE, _machine())
     flops = config.n_layer * 4 * 16 * config.n_embd * config.block_size**2 / 2
     assert ring.value == pytest.approx(3 * flops * (1 / 2e9 - 1 / 1e10), rel=1e-3)
     assert additions("ddp", SCENE, _machine()) == []
+
+
+def test_an_optimiser_over_slices_pays_for_every_sliced_tensor():
+    (sharded,) = slices("fsdp", SCENE, 1e-3)
+    assert sharded.value == pytest.approx(len(SCENE.parameters) * 1e-3)
+    (cut,) = slices("tensor", SCENE, 1e-3)
+    weights = 6 * SCENE.model.config.n_layer  # of each layer; norms, embedding and head stay whole
+    assert cut.value == pytest.approx(weights * 1e-3)
+    assert slices("ddp", SCENE, 1e-3) == slices("fsdp", SCENE, 0.0) == []
+
+
+def test_ranks_wait_once_in_a_part_and_oftener_where_they_meet_oftener():
+    tensor = closed_form("tensor", SCENE, 1)
+    meetings = tensor.calls("all_reduce")
+    (wait,) = waiting("tensor", tensor, 2e-3)
+    assert wait.value == pytest.approx(2e-3 * (meetings**0.5 - 1))
+    zero1 = closed_form("zero1", SCENE, 1)
+    (few,) = waiting("zero1", zero1, 2e-3)  # the gradients and the loss: broadcasts come together
+    assert few.value == pytest.approx(2e-3 * (2**0.5 - 1))
+    assert waiting("pipeline", tensor, 2e-3) == waiting("tensor", tensor, 0.0) == []
+
+
+def test_messages_are_priced_as_they_are_calibrated_and_their_bytes_stay():
+    for name in ("zero1", "context", "ddp"):
+        sent = closed_form(name, SCENE, 1)
+        priced = each_message(name, SCENE, sent)
+        assert priced.total == pytest.approx(sent.total)
+    by_size = [m for m in each_message("zero1", SCENE, closed_form("zero1", SCENE, 1)).messages
+               if m.kind == "broadcast"]  # fmt: skip
+    assert sum(m.calls for m in by_size) == len(list(SCENE.model.parameters()))
+    assert len(by_size) == len({p.numel() for p in SCENE.model.parameters()})
+    assert each_message("context", SCENE, closed_form("context", SCENE, 1)).calls("send") == 0

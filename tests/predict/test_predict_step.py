@@ -100,7 +100,7 @@ def test_only_a_measured_share_is_hidden():
     shown = predict.step("ddp", profile=_machine(), ranks=2, compute_s=1.0, sent=sent)
     hiding = _machine(overlap={"hidden_share": 0.75, "slowdown": 1.1})
     hidden = predict.step("ddp", profile=hiding, ranks=2, compute_s=1.0, sent=sent)
-    assert hidden["dp all_reduce"] == pytest.approx(shown["dp all_reduce"] / 4)
+    assert hidden["dp all_reduce"] == pytest.approx(shown["dp all_reduce"] / 4 * 1.1)
 
 
 def test_a_pipeline_waits_as_its_schedule_says():
@@ -118,6 +118,15 @@ def test_compute_is_read_from_the_calibrated_curve_of_each_layer():
     assert not p.extrapolated
     far = predict.step("single", profile=_machine(), layers=layers, batch=10_000)
     assert far.extrapolated
+
+
+def test_a_layer_on_data_takes_its_share_of_the_curves_backward_time():
+    shape = (("a", "b"), (1e6, 2e6), (10, 10), (0.0, 0.0), (0.0, 0.0))
+    layers = Layers(*shape, backward=(1e6, 4e6))
+    p = predict.step("single", profile=_machine(), layers=layers, batch=10)
+    assert p.value == pytest.approx((3e7 + 5e7) / 1e9)
+    with pytest.raises(ValueError, match="one entry per layer"):
+        Layers(*shape, backward=(1e6,))
 
 
 def test_a_collective_that_was_never_measured_is_refused():
