@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # what to install beside the package: dev for the tests, e2e for those in a browser
 EXTRAS ?= dev
+# how many processes share the tests, many of which wait: make test WORKERS=2; 0 is one after another
+WORKERS ?= 0
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
 .PHONY: setup lab bench test soak lint notebooks site clean
@@ -23,7 +25,7 @@ bench: setup
 	$(BIN)/python -m pardemo bench strategies
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 # every fault many times over, every lesson in the browser: hours on a small machine
 soak: setup

@@ -1,10 +1,17 @@
-"""What every test shares: quiet numerics, no display, and warm groups of ranks."""
+"""What every test shares: quiet numerics, no display, and warm groups of ranks.
+
+`make test` runs in several processes, each of which takes one file after another. A fault test
+counts what its own process and all below it hold, so that another one beside it does not matter.
+"""
 
 from __future__ import annotations
 
+import os
 import resource
+import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import pytest
@@ -18,10 +25,38 @@ torch.set_num_threads(1)  # ranks share the cores with this process
 
 
 WANTED_FILES, LEAST_FILES = 1024, 256  # open files at a time: ranks, kernels and a browser
+ALONE = "::test_it_runs_with_small_values"  # of a file, what shares nothing with its other tests
+ONE_AFTER_ANOTHER = ("tests/cluster/", "tests/faults/test_cluster_rows.py")  # nodes, and Slurm's
+
+
+def together(nodeid: str) -> str:
+    """The name of what one process runs in a row: a file, one notebook, or all that need nodes."""
+    if ALONE in nodeid:
+        return nodeid
+    return "nodes" if nodeid.startswith(ONE_AFTER_ANOTHER) else nodeid.split("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give whole files to the processes, in order, so that each starts its warm ranks once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = together
+    return scheduler
+
+
+def _own_temporary_folder() -> None:
+    """Of one of several test processes: pardemo lets only one at a time measure in a folder."""
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = Path(tempfile.gettempdir()) / f"pardemo-{os.getuid()}-{worker}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
 
 
 def pytest_configure() -> None:
     """Take as many open files as the system allows, or say in one line what the tests need."""
+    _own_temporary_folder()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
     if enough < LEAST_FILES:

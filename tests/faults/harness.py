@@ -57,7 +57,7 @@ class State:
     processes: Counter[str]  # command lines, numbers taken out
     listeners: Counter[str]  # addresses of listening sockets
     descriptors: Counter[str]  # of each process that was there from the beginning
-    shared_memory: frozenset[str]  # in /dev/shm, without what strangers hold
+    shared_memory: frozenset[str]  # in /dev/shm; what strangers hold does not count as left
     temporary: frozenset[str]  # in the fault's own temporary folder
 
     def beyond(self, before: State) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _reap_orphans(old: Sequence[int]) -> None:
                 os.waitpid(process.pid, os.WNOHANG)
 
 
-def _strangers_hold(name: str) -> bool:
+def strangers_hold(name: str) -> bool:
     """Whether a process that is not ours has this segment of /dev/shm mapped or open."""
     ours = {process.pid for process in family()}
     for process in psutil.process_iter():
@@ -182,13 +182,12 @@ def _settle(before: State, folder: Path, old: Sequence[int], within_s: float) ->
     while True:
         _reap_orphans(old)
         left = state(folder, old).beyond(before)
+        shared = {name for name in left.pop("shared_memory", ()) if not strangers_hold(name)}
+        if shared:
+            left["shared_memory"] = shared
         if not left or time.monotonic() > deadline:
             break
         time.sleep(_POLL_S)
-    shared = {name for name in left.get("shared_memory", ()) if not _strangers_hold(name)}
-    left.pop("shared_memory", None)
-    if shared:
-        left["shared_memory"] = shared
     if "processes" in left:
         for process in family()[1:]:
             if process.pid not in old:

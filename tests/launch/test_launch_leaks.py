@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pardemo.launch import RankFailed, launch
+from tests.faults.harness import strangers_hold
 
 LAUNCHES = 50
 
@@ -27,6 +29,11 @@ def work(fails: bool) -> torch.Tensor:
     return value
 
 
+def of_another(name: str) -> bool:
+    """Whether a segment of /dev/shm is another program's, or has just gone."""
+    return strangers_hold(name) or not Path("/dev/shm", name).exists()
+
+
 def left_over() -> dict[str, int]:
     """What this process and its children hold, once the dust has settled."""
     deadline = time.monotonic() + 5.0
@@ -35,14 +42,15 @@ def left_over() -> dict[str, int]:
     server = next(p for p in here.children() if "pardemo.launch.zygote" in p.cmdline())
     while server.children() and time.monotonic() < deadline:
         time.sleep(0.05)
+    temporary = Path(tempfile.gettempdir())
     return {
         "processes": len(here.children(recursive=True)),
         "descriptors": len(os.listdir("/proc/self/fd")),
         "descriptors of the fork server": server.num_fds(),
         "threads": threading.active_count(),
         "native threads": here.num_threads(),
-        "shared memory": len(os.listdir("/dev/shm")),
-        "temporary files": len([p for p in Path("/tmp").iterdir() if "pytorch" in p.name]),
+        "shared memory": len([n for n in os.listdir("/dev/shm") if not of_another(n)]),
+        "temporary files": len([p for p in temporary.iterdir() if "pytorch" in p.name]),
     }
 
 
