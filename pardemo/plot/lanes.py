@@ -39,9 +39,9 @@ def lanes(axes: Axes, spans: Iterable[Any], title: str = "") -> str:
         axes.barh(lane + lift, (_end(span) - _start(span)) * scale, height,
                   left=(_start(span) - begin) * scale, color=style.colour, hatch=style.hatch,
                   edgecolor="white", linewidth=0.4)  # fmt: skip
+    axes.set_title(title)
     _finish(axes, ranks, "rank", {_kind(span) for span in spans} | {"idle"})
     axes.set_xlabel(f"time [{unit}]")
-    axes.set_title(title)
     busy = {
         rank: sum(_end(s) - _start(s) for s in spans
                   if field(s, "rank", default=0) == rank
@@ -73,10 +73,10 @@ def schedule(axes: Axes, spans: Any, title: str = "") -> str:
         if number is not None and length / max(width, 1e-9) <= 6 * NARROW:
             axes.text(start + width / 2, _row(span, row), f"{number}", ha="center", va="center",
                       fontsize=7.5, color="white" if _kind(span) in DARK else "black")  # fmt: skip
+    axes.set_title(title)
     _finish(axes, rows, row, {_kind(span) for span in spans}, hatched=False)
     axes.set_xlim(0, length)
     axes.set_xlabel("ticks (white: bubble)")
-    axes.set_title(title)
     busy = sum(_end(span) - _start(span) for span in spans)
     bubble = 1 - busy / (length * max(len(rows), 1))
     return f"Schedule of {len(rows)} {row}s over {length:g} ticks; bubble {bubble:.1%}."

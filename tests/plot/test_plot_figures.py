@@ -30,6 +30,7 @@ TICKS = [
     for s in range(3)
     for m in range(4)
 ]
+LONG = "one step of a pipeline, with a title that is as long as the whole figure is wide"
 FIGURES = {
     "throughput": lambda: plot.throughput(ROWS),
     "anatomy": lambda: plot.anatomy({"ddp": STEP}),
@@ -176,3 +177,15 @@ def test_a_name_that_begins_like_a_part_of_a_step_is_not_drawn_like_it() -> None
     assert len(drawn) == 3
     assert look("weight") not in drawn
     assert look("zero1 by hand") == look("zero1"), "a strategy keeps its colour everywhere"
+
+
+@pytest.mark.parametrize("name", ["lanes", "schedule"])
+def test_a_title_stands_above_the_legend_and_not_in_it(name: str) -> None:
+    drawn = getattr(plot, name)(SPANS if name == "lanes" else TICKS, title=LONG)
+    drawn.canvas.draw()
+    (axes,) = drawn.axes
+    legend = axes.get_legend()
+    assert legend is not None
+    assert axes._left_title.get_text() == LONG  # type: ignore[attr-defined]
+    title = axes._left_title.get_window_extent()  # type: ignore[attr-defined]
+    assert not title.overlaps(legend.get_window_extent())
