@@ -167,9 +167,9 @@ def _exposed(
         raise Refused(str(error)) from None
     overlap = profile.overlap if strategy in OVERLAPS else {}
     hidden, slower = overlap.get("hidden_share", 0.0), overlap.get("slowdown", 1.0)
-    text = f"(1 - {hidden:g} hidden) x {slower:g} x "
+    factor, text = (1 - hidden) * slower, f"(1 - {hidden:g} hidden) x {slower:g} x "
     return [
-        t if m.phase == "optimizer" else _scaled(t, (1 - hidden) * slower, text)
+        t if m.phase == "optimizer" or factor == 1 else _scaled(t, factor, text)
         for m, t in zip(sent.messages, moved, strict=True)  # nothing computes beside the optimiser
     ]
 

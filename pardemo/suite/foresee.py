@@ -179,6 +179,13 @@ def cut_share(scene: Scene) -> float:
     return 1 - head / max(weights + scores, head)
 
 
+def overlap(profile: Profile, scene: Scene, cores: int) -> dict[str, float]:
+    """What was measured of it, but nothing hides on a CPU all of whose cores compute."""
+    if scene.backend == "gloo" and scene.ranks >= cores:
+        return profile.overlap | {"hidden_share": 0.0}
+    return profile.overlap
+
+
 def predicted(
     name: str, scene: Scene, parts: Parts, profile: Profile, cores: int
 ) -> Prediction | str:
@@ -198,6 +205,7 @@ def predicted(
         profile,
         optimizer={"name": "measured", "seconds_per_parameter": parts.optimizer_s / scene.elements,
                    "fixed_s": 0.0},
+        overlap=overlap(profile, scene, cores),
         launch={},  # the parts contain what launching costs; wrappers are terms of their own
     )  # fmt: skip
     knobs: dict[str, Any] = {"microbatches": times} if name in CHAINS else {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from pardemo import predict
-from pardemo.suite.foresee import Parts, alone_s, cut_share, sizes_needed
+from pardemo.suite.foresee import Parts, alone_s, cut_share, overlap, sizes_needed
 from pardemo.suite.foresee_terms import additions, each_message, slices, waiting
 from pardemo.suite.forms import closed_form
 from pardemo.suite.scene import Scene
@@ -88,3 +90,11 @@ def test_messages_are_priced_as_they_are_calibrated_and_their_bytes_stay():
     assert sum(m.calls for m in by_size) == len(list(SCENE.model.parameters()))
     assert len(by_size) == len({p.numel() for p in SCENE.model.parameters()})
     assert each_message("context", SCENE, closed_form("context", SCENE, 1)).calls("send") == 0
+
+
+def test_nothing_is_hidden_where_every_core_computes():
+    seen = {"hidden_share": 0.4, "slowdown": 1.0}
+    machine = dataclasses.replace(_machine(), overlap=seen)
+    assert overlap(machine, SCENE, 2) == {"hidden_share": 0.0, "slowdown": 1.0}
+    assert overlap(machine, SCENE, 4) == seen
+    assert overlap(machine, dataclasses.replace(SCENE, backend="nccl"), 2) == seen
