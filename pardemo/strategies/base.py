@@ -25,6 +25,7 @@ from pardemo.strategies.cut import StrategyError as StrategyError
 from pardemo.strategies.cut import check_pieces as check_pieces
 from pardemo.strategies.cut import cut as cut
 from pardemo.strategies.cut import cut_by_hand as cut_by_hand
+from pardemo.strategies.cut import entering as entering
 from pardemo.strategies.cut import inseparable as inseparable
 from pardemo.strategies.cut import parameter_costs as parameter_costs
 from pardemo.strategies.cut import pieces as pieces

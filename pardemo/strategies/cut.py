@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -115,3 +117,27 @@ def cut_by_hand(names: Sequence[str], starts: Sequence[str], parts: int) -> list
     if sorted(set(bounds)) != bounds:
         raise StrategyError(f"stages must start in the model's order, got {list(starts)}")
     return [range(bounds[k], bounds[k + 1]) for k in range(parts)]
+
+
+def entering(value: torch.Tensor) -> torch.Tensor:
+    """What arrived from another part, as this part may use it: changed in place, if it wants to.
+
+    What arrives asks for a gradient and was computed by nobody here; autograd refuses to let
+    nn.ReLU(inplace=True) change such a tensor. The memory is the same.
+    """
+    if not (torch.is_grad_enabled() and value.requires_grad and value.is_leaf):
+        return value
+    entered: torch.Tensor = _Enter.apply(value)
+    return entered
+
+
+class _Enter(torch.autograd.Function):
+    """The same storage as the result of a function; not a view, which would be refused too."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.new_empty(0).set_(value)  # type: ignore[call-overload]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]

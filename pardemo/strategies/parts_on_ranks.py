@@ -61,13 +61,13 @@ class OnRanks(base.Step):
         shape = _shapes(batch)
         x = inputs if first else self.receive_activation(shape).requires_grad_()
         with self.span("forward"):
-            out = self.model(x)
+            out = self.model(x if first else base.entering(x))
             if last:
                 out = self.loss(out, targets)
         grad = None
         if not last:
             self.send_activation(out, shape)
-            grad = torch.empty_like(out)
+            grad = torch.empty(out.shape, dtype=out.dtype, device=out.device)  # contiguous
             self.receive(grad, self.place.rank + 1)
         with self.span("backward"):
             if out.requires_grad:  # not when everything up to here is frozen

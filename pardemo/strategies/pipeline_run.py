@@ -71,8 +71,10 @@ class Pipeline(base.Step):
             )
         args = inputs if isinstance(inputs, tuple) else (inputs,)
         if not all(isinstance(t, torch.Tensor) for t in (*args, targets)):
+            kinds = f"{type(inputs).__name__} and {type(targets).__name__}"
             raise base.StrategyError(
-                "a pipeline takes a tensor, or a tuple of tensors, as inputs and a tensor as target"
+                "a pipeline takes a tensor, or a tuple of tensors, as inputs and a tensor as "
+                f"target, got {kinds}: hand the inputs over as a tuple, in forward's order"
             )
         args, targets = base.to_device((args, targets), self.device)
         count = self.plan.count(base.samples(args), self.axis.size)

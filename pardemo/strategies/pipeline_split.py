@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -29,7 +30,7 @@ class Chain(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         """The composition of the pieces; what crosses to the next stage is contiguous."""
-        value: Any = args[0] if len(args) == 1 else args
+        value: Any = base.map_tensors(base.entering, args[0] if len(args) == 1 else args)
         for part in self.parts:
             value = part(value)
         return base.map_tensors(lambda t: t.contiguous(), value)
@@ -110,7 +111,9 @@ def shadows(modules: Sequence[nn.Module], mode: FakeTensorMode) -> list[nn.Modul
     for module in modules:
         for tensor in [*module.parameters(), *module.buffers()]:
             memo[id(tensor)] = mode.from_tensor(tensor)
-    return [copy.deepcopy(module, memo) for module in modules]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, when a traced stage is copied
+        return [copy.deepcopy(module, memo) for module in modules]
 
 
 class Edges:
@@ -120,7 +123,7 @@ class Edges:
     """
 
     def __init__(self, stages: Sequence[nn.Module]) -> None:
-        self.mode = FakeTensorMode()
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.stages = shadows(stages, self.mode)
 
     def edges(self, inputs: tuple[Any, ...]) -> list[tuple[torch.Tensor, ...]]:

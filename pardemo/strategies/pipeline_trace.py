@@ -33,7 +33,7 @@ class Relay(nn.Module):
 
     def forward(self, *args: torch.Tensor) -> Any:
         """Values by name in, the values still needed out (a lone value without its tuple)."""
-        known: dict[str, Any] = dict(zip(self.takes, args, strict=True))
+        known: dict[str, Any] = dict(zip(self.takes, map(base.entering, args), strict=True))
         known[self.name] = self.body(*[_look_up(path, known) for path in self.args])
         out = [_handed(_look_up(path, known), path[0] in self.takes) for path in self.gives]
         return out[0] if len(out) == 1 else tuple(out)
@@ -115,7 +115,7 @@ def _calls(model: nn.Module, names: list[str], inputs: tuple[Any, ...]) -> dict[
     Raises StrategyError where a forward looks at values, which a tracer does not have.
     """
     counts: dict[str, int] = {}
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # a tensor that is a plain attribute
     (shadow,) = shadows([model], mode)
     for name in names:
 

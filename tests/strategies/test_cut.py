@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pardemo.strategies.base import StrategyError, cut, cut_by_hand
+from pardemo.strategies.base import StrategyError, cut, cut_by_hand, entering
 
 
 @settings(max_examples=60, deadline=None)
@@ -48,3 +49,16 @@ def test_by_hand_the_named_pieces_begin_the_parts() -> None:
 def test_wrong_names_are_refused(starts: list[str], said: str) -> None:
     with pytest.raises(StrategyError, match=said):
         cut_by_hand(["a", "b", "c"], starts, 3)
+
+
+def test_what_enters_a_part_may_be_changed_in_place_and_is_no_copy() -> None:
+    arrived = torch.tensor([-1.0, 2.0], requires_grad=True)
+    with pytest.raises(RuntimeError, match="in-place operation"):
+        arrived.view_as(arrived).relu_()
+    entered = entering(arrived)
+    assert entered.data_ptr() == arrived.data_ptr()
+    entered.relu_().backward(torch.tensor([5.0, 7.0]))
+    assert arrived.grad is not None
+    assert arrived.grad.tolist() == [0.0, 7.0]
+    whole = torch.ones(2)
+    assert entering(whole) is whole  # the model's own input, which asks for no gradient

@@ -343,3 +343,40 @@ class WeightNorm(nn.Module):
 
 def parametrized() -> Any:
     return WeightNorm(), F.cross_entropy, (torch.randn(SAMPLES, 2, 7), classes(3))
+
+
+class Careless(nn.Module):
+    """Changes in place what it is given, drops values, and keeps a tensor as a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(10, 16), InPlace(16), InPlace(16)
+        self.head, self.scale = nn.Linear(16, 4), torch.full((16,), 2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.c(self.b(self.a(x))) * self.scale.to(x.dtype))
+
+
+class InPlace(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.relu, self.linear, self.drop = nn.ReLU(True), nn.Linear(size, size), nn.Dropout(0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.linear(self.relu(x)))
+
+
+def careless() -> Any:
+    return Careless(), F.cross_entropy, (torch.randn(SAMPLES, 10), classes(4))
+
+
+def in_place() -> Any:
+    model = nn.Sequential(nn.Linear(10, 16), InPlace(16), InPlace(16), Turned(), nn.Linear(16, 4))
+    return model, F.cross_entropy, (torch.randn(SAMPLES, 10), classes(4))
+
+
+class Turned(nn.Module):
+    """Hands on what does not lie in memory row by row."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.t().contiguous().t()
