@@ -164,6 +164,12 @@ def _own(name: str) -> Workload:
         )
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         raise ValueError(f"{name}: the batch must be (inputs, targets), got {type(batch).__name__}")
+    sparse = [path for path, part in model.named_modules() if getattr(part, "sparse", False)]
+    if sparse:
+        raise ValueError(
+            f"{name}: {sparse[0]} makes sparse gradients, which the optimiser here, AdamW, refuses "
+            "in one process already: make it with sparse=False"
+        )
     size = _length(batch)
     return Workload(name, partial(_own_model, make), partial(_own_batch, make), loss, adamw, size)
 

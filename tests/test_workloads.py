@@ -86,6 +86,7 @@ def test_ones_own_model_becomes_a_workload(mine: Any) -> None:
         (3, "must return .model, loss, batch., got int"),
         ((1, 2, 3), r"got \(int, int, int\)"),
         ((nn.Linear(1, 1), F.mse_loss, 3), r"batch must be \(inputs, targets\), got int"),
+        ((nn.Embedding(3, 2, sparse=True), F.mse_loss, (1, 2)), "AdamW, refuses in one process"),
     ],
 )
 def test_what_a_callable_returns_wrongly_is_named(mine: Any, answer: Any, said: str) -> None:

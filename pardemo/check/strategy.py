@@ -40,6 +40,7 @@ def strategy(
     `which` is a registered name, a Strategy, or a build function (whose mesh has `axes`). One
     `batch_size` per step may be given, so that a last odd batch is covered. float64 leaves an
     error of the algorithm nowhere to hide; `tolerance` is for strategies that round on purpose.
+    Layers that drop values at random are switched off on both sides, and the verdict says so.
     `ranks` takes a warm `launch.Ranks` of `nprocs` ranks. Raises StrategyError when the strategy
     does not fit.
     """
@@ -102,13 +103,37 @@ def train(
     rank = 0 if alone or not dist.is_initialized() else dist.get_rank()
     mesh = None if alone else row.mesh(shape=shape)
     model = work.make_model(rank).to(dtype)
+    off = stop_dropping(model)
     step = row.build(model, work.make_optimizer, work.loss, mesh, **knobs)
     losses, states = [], []
     for number, size in enumerate(sizes):
         batch = work.make_batch(size, number, 0)
         losses.append(float(step.step(cast(batch, dtype))))
         states.append(step.state())
-    return Trace(tuple(losses), tuple(states), tuple(getattr(step, "notes", ())))
+    notes = tuple(getattr(step, "notes", ()))
+    if off:
+        notes += (
+            f"dropout was off in the comparison ({', '.join(off[:3])}"
+            f"{f' and {len(off) - 3} more' if len(off) > 3 else ''}): ranks that split a batch "
+            "draw other random numbers than one process",
+        )
+    return Trace(tuple(losses), tuple(states), notes)
+
+
+def stop_dropping(model: nn.Module) -> list[str]:
+    """Set every probability of dropping a value to 0, in place; returns whose it was, and what.
+
+    Layers of torch's and their like say it as `p` or as `dropout`. What a forward function drops by
+    itself is not found.
+    """
+    found = []
+    for path, module in model.named_modules():
+        name = "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout"
+        chance = getattr(module, name, None)
+        if isinstance(chance, float) and chance > 0:
+            setattr(module, name, 0.0)
+            found.append(f"{path or type(module).__name__} {chance:g}")
+    return found
 
 
 def cast(batch: Any, dtype: torch.dtype) -> Any:

@@ -124,8 +124,6 @@ def _run(
     every = _candidates(plan, names)
     fit = [c for c in every if not c.row.reason]
     fit = [c for c in fit if _proven(plan, c, ranks)]
-    for candidate in fit:
-        _look(plan, candidate, ranks)
     ahead, said = _predict(plan, fit, ranks, profile)
     timed = [*_baselines(plan), *fit]
     plan.say(f"measuring {len(timed)} variants, interleaved")
@@ -204,7 +202,7 @@ def _baselines(plan: Plan) -> list[_Candidate]:
 
 
 def _proven(plan: Plan, candidate: _Candidate, ranks: Ranks) -> bool:
-    """Whether it trains to one process's parameters; a strategy that does not is not timed."""
+    """Whether it trains to one process's parameters, and can be looked at; else it is not timed."""
     try:
         verdict = check.strategy(
             candidate.name, plan.work, plan.nprocs, plan.check_steps,
@@ -213,6 +211,8 @@ def _proven(plan: Plan, candidate: _Candidate, ranks: Ranks) -> bool:
         )  # fmt: skip
         reason = "" if verdict else f"not equal to one process: {verdict.text}"
         equal = verdict.text
+        if verdict:
+            _look(plan, candidate, ranks)
     except (StrategyError, RankFailed) as error:
         reason, equal = f"cannot train this: {_short(error)}", ""
     candidate.row = dataclasses.replace(candidate.row, reason=reason, equal=equal)

@@ -37,6 +37,8 @@ FITS = {
     "sequential": EVERYWHERE | TRACED | SLICED | {"tp_pp", "dp_pp_tp"},
     "unused": (EVERYWHERE - {"ddp", "zero1"}) | TRACED | SLICED,
     "parametrized": EVERYWHERE | TRACED,
+    "careless": EVERYWHERE | TRACED,
+    "in_place": EVERYWHERE | TRACED,
 }
 
 
@@ -92,6 +94,9 @@ def test_every_strategy_equals_one_process_or_says_in_one_line_why_not(
         ("zero1", "cumulative"),
         ("tp_pp", "encoder"),  # one stage, which is the whole model: nothing to trace
         ("dp_pp_tp", "returns_dict"),
+        ("pipeline", "careless"),
+        ("pipeline", "in_place"),
+        ("model_parallel", "in_place"),
     ],
 )
 def test_two_ranks_equal_one_process(ranks2: Ranks, strategy: str, name: str) -> None:
@@ -129,6 +134,13 @@ def test_what_stays_whole_is_named(ranks2: Ranks) -> None:
         "of the parameters stay whole on every rank of the tensor axis: blocks.0.qkv" in said.text
     )
     assert "head" not in check.strategy("fsdp", own("gpt_tied"), 2, 1, ranks=ranks2).text
+
+
+def test_dropout_is_off_in_the_comparison_and_that_is_said(ranks2: Ranks) -> None:
+    said = check.strategy("ddp", own("in_place"), 2, 1, ranks=ranks2)
+    assert said, said
+    assert "dropout was off in the comparison (1.drop 0.2, 2.drop 0.2): ranks" in said.text
+    assert "dropout" not in check.strategy("ddp", own("lstm"), 2, 1, ranks=ranks2).text
 
 
 def test_a_parameter_without_a_gradient_is_named_before_the_next_step(ranks2: Ranks) -> None:
