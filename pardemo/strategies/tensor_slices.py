@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from pardemo.strategies import base, tensor_attention, tensor_plans
+from pardemo.strategies import base, routing, tensor_attention, tensor_plans
 
 MOST = 6  # names in a sentence
 
@@ -156,6 +156,11 @@ def _demand_gpt(model: nn.Module, knob: str) -> None:
         raise base.StrategyError(
             f"{knob} needs a model with embed, blocks, norm and head, as models.GPT has; "
             f"{type(model).__name__} has not"
+        )
+    if layers := routing.seams(model):
+        raise base.StrategyError(
+            f"{knob} needs blocks that hand on one tensor; those of {type(model).__name__} also "
+            f"hand on the balance loss of {len(layers)} layers of experts: leave {knob}=False"
         )
 
 

@@ -126,6 +126,7 @@ def test_each_rank_holds_its_share_and_state_is_full(ranks4: Ranks) -> None:
         (lambda: gpt(True, heads=2, hidden=34), {}, "the 2 heads of .* do not divide by 4 ranks"),
         (lambda: mlp(6), {}, "the 6 hidden features of 0 do not divide by 4 ranks"),
         (lambda: workload("mlp"), {"sequence_parallel": True}, "sequence_parallel needs a model"),
+        (lambda: workload("moe-mini"), {"sequence_parallel": True}, "loss of 2 layers of experts"),
         (lambda: gpt(True, vocabulary=258), {"loss_parallel": True}, "258 does not divide by 4"),
     ],
 )
