@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from pardemo.strategies import tensor_attention, tensor_plans
+from pardemo.strategies import batchnorm, tensor_attention, tensor_plans
 from pardemo.strategies.pipeline_split import Chain
 from pardemo.strategies.ring_attention import RingAttention, chunks_of
 
@@ -115,6 +115,15 @@ def lone_ulysses(ranks: int) -> Callable[..., Tensor]:
         return torch.cat(out.chunk(ranks, dim=2), dim=1)
 
     return attend
+
+
+def meet_alone(module: nn.Module) -> None:
+    """Give `module`, in place, the BatchNorm of replicas in threads, with one replica to meet.
+
+    Autograd tracks its statistics across replicas, for which it keeps more than nn.BatchNorm does.
+    """
+    meeting = batchnorm.Meeting()
+    batchnorm.replace(module, lambda old: batchnorm.ThreadBatchNorm(old, meeting))
 
 
 def cut_positions(module: nn.Module, where: Tensor, rank: int, ranks: int, method: str,

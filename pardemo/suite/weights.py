@@ -177,13 +177,15 @@ def activations(
         return _of_positions(scene, rank, ranks, knobs)
     tensor, by_tokens = axes.get("tp", 1), bool(knobs.get("sequence_parallel"))
     size = -(-scene.batch_size * tensor // ranks) if axes else scene.batch_size
-    key = (size, tensor, by_tokens)
+    key = (size, tensor, by_tokens, name == "data_parallel")
     if key not in scene.alive:
         inputs, targets = scene.inputs(size), scene.batch(size)[1]
-        prepare = partial(alone.cut_layers, ranks=tensor, sequence_parallel=by_tokens)
-        scene.alive[key] = _alive(
-            scene.model, inputs, scene, targets, prepare if tensor > 1 else None
-        )
+        prepare: Callable[[nn.Module], None] | None = None
+        if tensor > 1:
+            prepare = partial(alone.cut_layers, ranks=tensor, sequence_parallel=by_tokens)
+        elif name == "data_parallel" and scene.ranks > 1:
+            prepare = alone.meet_alone
+        scene.alive[key] = _alive(scene.model, inputs, scene, targets, prepare)
     return scene.alive[key]
 
 

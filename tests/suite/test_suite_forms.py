@@ -106,7 +106,12 @@ def test_the_copies_of_data_parallel_are_the_formula(work: str, devices: int) ->
     maker = inside.Maker("data_parallel", scene.work, BATCH, (("devices", devices),))
     seen = launch(inside.look, maker, 1, nprocs=1)[0]
     same_bytes("data_parallel", scene, 0, seen)
-    same_memory("data_parallel", scene, 0, seen)
+    found = same_memory("data_parallel", scene, 0, seen)
+    if work == "resnet-mini":  # autograd keeps more of a BatchNorm over replicas than of one alone
+        here = found.memory["activations_bytes"]
+        assert found.formula["activations_bytes"] == pytest.approx(here, rel=0.05)
+        assert found.peak_error is not None
+        assert abs(found.peak_error) < 0.25, found.cells()
 
 
 @pytest.mark.parametrize("ranks", ["ranks2", "ranks4"])
