@@ -65,8 +65,9 @@ def weigh(
     `snapshot` is a path for torch's allocator history (open it at pytorch.org/memory_viz).
     """
     with _Scale(model) as scale:
-        peak, where = _on_gpu(step, snapshot) if torch.cuda.is_available() else (0, "")
-        if not torch.cuda.is_available():
+        if _uses_gpu(model):
+            peak, where = _on_gpu(step, snapshot)
+        else:
             step()
             peak, where = scale.peak, scale.peak_at
     return MemoryReport(
@@ -253,6 +254,12 @@ class _Kept:
     """A saved tensor; its end is the end of what autograd keeps."""
 
     tensor: torch.Tensor
+
+
+def _uses_gpu(model: nn.Module | None) -> bool:
+    """Whether the step's tensors are the GPU's: ranks under gloo train on the CPU beside one."""
+    there = torch.cuda.is_available()
+    return there and (model is None or any(p.is_cuda for p in model.parameters()))
 
 
 def _on_gpu(step: Callable[[], object], snapshot: str | Path | None) -> tuple[int, str]:

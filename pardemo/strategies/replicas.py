@@ -78,7 +78,7 @@ class GpuReplicas(nn.DataParallel):
         """Split the inputs over the GPUs."""
         with self.phases.phase("scatter"):
             inputs, kwargs = super().scatter(*args)
-        self.phases.count("scatter", inputs)
+        self.phases.count("scatter", list(zip(inputs, kwargs, strict=True)))  # one of them empty
         if self.meeting is not None:
             self.meeting.open(len(inputs))
         return inputs, kwargs
