@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import pickle
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from pardemo import check, records, suite
+from pardemo.check.verdict import Verdict
 from pardemo.launch import launch
+from pardemo.machine import machine
 from pardemo.predict import load
+from pardemo.strategies import StrategyError
 from pardemo.suite import ALL, ONE, inside
+from pardemo.workloads import workload
 
 PROFILE = load({
     "schema": "pardemo-profile/1", "name": "made-up", "date": "2026-01-01", "source": "a test",
@@ -97,10 +104,25 @@ def test_a_rank_does_not_wait_for_packages_that_only_the_kernel_needs() -> None:
     assert launch(loaded, nprocs=1)[0] == []
 
 
+def test_what_equals_one_process_but_refuses_the_real_batch_is_a_row_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    running = importlib.import_module("pardemo.suite.run")  # `suite.run` is the function
+    plan = running.Plan(workload("mlp"), 8, 2, machine(), 1, 1.0, 1, 0.0, lambda line: None)
+    refusing = mock.Mock(side_effect=StrategyError("a batch of 8 has no room"))
+    monkeypatch.setattr(running, "_look", refusing)
+    for status, looked, reason in (
+        ("not yet", 0, "not equal to one process"),
+        ("passed", 1, "cannot train this: a batch of 8 has no room"),
+    ):
+        said = Verdict(status, "text")
+        monkeypatch.setattr(running.check, "strategy", mock.Mock(return_value=said))
+        (candidate,) = running._candidates(plan, ["ddp"])
+        assert not running._proven(plan, candidate, None)
+        assert candidate.row.reason.startswith(reason)
+        assert refusing.call_count == looked
+
+
 def test_a_maker_survives_the_trip_to_a_rank() -> None:
-    import pickle
-
-    from pardemo.workloads import workload
-
     maker = inside.Maker("ddp", workload("mlp"), 8)
     assert pickle.loads(pickle.dumps(maker)).strategy == "ddp"
