@@ -17,6 +17,7 @@ from pardemo.measure.watched import Wrapper
 EXPOSED = 0.15  # share of a step spent in communication that is worth a word
 TINY_BUCKET = 256 * 1024  # bytes: below, an all-reduce is mostly latency
 DEFAULT_CAP = 25 * 1024 * 1024  # DDP's bucket_cap_mb
+FIRST_CAP = 1024 * 1024  # of the bucket that DDP sends first: it thinks this size worth it
 FASTER = 2.0  # how much faster another network must be to be worth a word
 LATENT = 0.2  # share of a transfer that is latency of buckets that one could carry
 MANY = 4  # short collectives of one step that could be one
@@ -98,8 +99,8 @@ def _tiny_buckets(run: Run, parts: Parts) -> Suspect | None:
         return None
     surplus = _share(run, len(sizes) - min(len(sizes), 1 + sum(sizes) // DEFAULT_CAP))
     crumbs = len(tiny) >= MANY and len(tiny) >= 0.5 * len(sizes)
-    lowered = wrapper.cap_bytes < DEFAULT_CAP and wire is not None
-    if not crumbs and not (lowered and surplus >= LATENT):
+    lowered = wrapper.cap_bytes < DEFAULT_CAP and np.median(sizes) <= FIRST_CAP / 2
+    if not crumbs and not (lowered and wire is not None and surplus >= LATENT):
         return None
     each = f", {milliseconds(wire.latency_s)} here" if wire else ""
     return Suspect(

@@ -69,6 +69,8 @@ def test_few_parameters_in_few_buckets_are_not_called_tiny():
     lowered = Wrapper(False, 0, 2_700_000, (300_000,) * 9, 10_000)
     run = made_up(moved=(0.03, 0.03), wrappers=(lowered,), wire=Wire(1e-3, 1e-9))
     assert diagnose(run).causes == ["many tiny buckets"]
+    large = Wrapper(False, 0, 9_450_000, (1_050_000,) * 9, 2**20)
+    assert not diagnose(made_up(moved=(0.03, 0.03), wrappers=(large,), wire=Wire(1e-3, 1e-9)))
     fast = made_up(moved=(0.03, 0.03), wrappers=(lowered,), wire=Wire(1e-6, 1e-9))
     assert not diagnose(fast)
 
