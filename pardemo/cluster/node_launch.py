@@ -18,9 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pardemo.launch import family
 from pardemo.launch.api import Ranks
 from pardemo.launch.results import Results
-from pardemo.launch.servers import Started, _kill_group, _open_ends, temporary_folder
+from pardemo.launch.servers import Started, _open_ends, temporary_folder
 from pardemo.parameters import Refused
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def start(nodes: Nodes, nprocs: int) -> Started:
             processes.append(nodes.popen(where, argv, {"PYTHONPATH": path}, pass_fds=fds, **how))
     except BaseException:
         for process in processes:
-            _kill_group(process.pid)
+            family.kill(process.pid)
         shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
@@ -115,7 +116,7 @@ def start(nodes: Nodes, nprocs: int) -> Started:
 
     def stop() -> None:
         for process in processes:
-            _kill_group(process.pid)
+            family.kill(process.pid)
 
     def release() -> None:
         for process in processes:

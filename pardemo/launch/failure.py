@@ -27,6 +27,7 @@ _ABORTED = re.compile(r"gloo::EnforceNotMet.*?preamble\S* \S+ \S+ (\d+) vs (\d+)
 _SIZES = re.compile(r"gloo.*(preamble|EnforceNotMet|enforce fail)|Detected mismatch", re.DOTALL)
 _BARRIER = re.compile(r"Rank (\d+) failed to pass monitoredBarrier", re.IGNORECASE)
 _MESSAGE_CHARS = 300
+LOST = 1 << 16  # where a process's exit code would be: it runs, and cannot be talked to
 _RECORDED = 1000  # collectives that the flight recorder surely still has
 _EVEN = {"all_reduce", "allreduce", "broadcast", "all_gather", "reduce_scatter", "reduce"}
 
@@ -70,6 +71,11 @@ class Outcome:
     def failed(self) -> bool:
         """Raised or died."""
         return self.kind in ("raised", "died")
+
+    @property
+    def lost(self) -> bool:
+        """Whether it closed its connection; how its process ended is not known, or it runs."""
+        return self.kind == "died" and self.code == LOST
 
     @property
     def consequence(self) -> bool:
@@ -130,6 +136,11 @@ def headline(outcome: Outcome, nprocs: int) -> str:
 
 def death(code: int) -> str:
     """In words, how a process ended: status `code`, or signal `-code`."""
+    if code == LOST:
+        return (
+            "closed or broke its connection to the notebook, as os.closerange, os.exec and writing "
+            "to a descriptor it did not open do; its process still ran"
+        )
     if code >= 0:
         return f"ended its process with status {code} before it returned, as os._exit does"
     name = signal.Signals(-code).name

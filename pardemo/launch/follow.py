@@ -14,6 +14,7 @@ from pardemo.launch.output import Output
 
 GRACE_S = 0.5  # after the first failure, for the others to report theirs
 UNEXPLAINED_S = 3.0  # the same while every failure so far looks like a consequence
+END_S = 5.0  # for the fork server to say what a rank died of
 ASK_S = 0.5  # for a rank to say where it is
 LOOK_S = 1.0  # between two looks at ranks that still run when others have returned
 _LONGEST_WAIT_S = 3600.0
@@ -90,7 +91,17 @@ class Follow:
         left = [o for o in self.outcomes.values() if o.kind == "returned"]
         return any(failure.is_left_alone(o, left) for o in self.waiting)
 
+    def _await_ends(self) -> None:
+        """A rank that cannot be talked to has often ended: then wait to hear of what."""
+        end = time.monotonic() + END_S
+        lost = [o for o in self.outcomes.values() if o.lost]
+        while time.monotonic() < end:
+            if not any(o.lost and self.group.state(o.rank) in ("", "Z") for o in lost):
+                break
+            self.take(self.next(0.05))
+
     def _failure(self, timeout: float | None) -> failure.RankFailed:
+        self._await_ends()
         self.ask(self.waiting, ASK_S, dump=True)
         self.live.finish("failed")
         self.output.flush()
@@ -149,8 +160,10 @@ class Follow:
             outcome.dump += event.value.decode("utf-8", "replace")
         elif event.kind == "where":
             outcome.where = event.value
-        elif outcome.kind != "waiting":
+        elif outcome.kind != "waiting" and not (event.kind == "exited" and outcome.lost):
             return
+        elif event.kind == "lost":
+            outcome.kind, outcome.at, outcome.code = "died", time.monotonic(), failure.LOST
         elif event.kind == "exited":
             outcome.kind, outcome.at, outcome.code = "died", time.monotonic(), event.value
             outcome.last_words = self.output.tail(outcome.rank)

@@ -22,9 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pardemo.launch import servers, watch, wire
+from pardemo.launch import family, servers, watch, wire
 
 _CHUNK_BYTES = 1 << 18
+_NO_SERVER = (
+    "the process that forks ranks was ended from outside, and all ranks with it; "
+    "the next launch starts another"
+)
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,7 @@ class Group:
     def _kill_known(self) -> None:
         for rank, pid in list(self.pids.items()):
             if rank not in self.dead:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(pid, signal.SIGKILL)
+                family.kill(pid)
 
     def _pump(self) -> None:
         """Read until every rank is gone and the group is being closed."""
@@ -160,6 +163,8 @@ class Group:
                 self.dead[rank] = value
                 self.events.put(Event(rank, "exited", value))
             elif what == "closed":  # the fork server is gone, and its ranks with it
+                if not self.closing:
+                    self.events.put(Event(-1, "error", _NO_SERVER))
                 self._kill_known()
                 for missing in set(range(self.nprocs)) - set(self.dead):
                     self.dead[missing] = -signal.SIGKILL
@@ -171,10 +176,15 @@ class Group:
 
     def _read_messages(self, end: servers.RankEnd) -> bool:
         reader = self.readers[end.rank]
-        for message in reader.poll():
-            if message.kind in ("returned", "raised"):
-                self._drain(end)
-            self.events.put(Event(end.rank, message.kind, message.meta, message.body))
+        try:
+            for message in reader.poll():
+                if message.kind in ("returned", "raised"):
+                    self._drain(end)
+                self.events.put(Event(end.rank, message.kind, message.meta, message.body))
+        except Exception:  # bytes that are no message may fail in any way
+            reader.closed = True
+        if reader.closed:
+            self.events.put(Event(end.rank, "lost", None))
         return not reader.closed
 
     def _drain(self, end: servers.RankEnd) -> None:

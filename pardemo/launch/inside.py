@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 _HERE = os.path.dirname(__file__)
+_LONGEST = 20_000  # characters of a message or a traceback that are worth sending
 _MACHINERY = (_HERE, os.path.dirname(threading.__file__) + "/multiprocessing", "<frozen")
 
 
@@ -53,14 +54,22 @@ def format_error(error: BaseException) -> str:
         part = seen.pop()
         part.stack = learner_frames(part.stack)
         seen += [cause for cause in (part.__cause__, part.__context__) if cause]
-    return "".join(report.format())
+    return _cut("".join(report.format()))
+
+
+def _cut(text: str) -> str:
+    """A text without its middle, where it is longer than anybody reads."""
+    if len(text) <= _LONGEST:
+        return text
+    left_out = f"\n... ({len(text) - _LONGEST} characters left out) ...\n"
+    return text[: _LONGEST // 2] + left_out + text[-_LONGEST // 2 :]
 
 
 def safe_text(error: BaseException) -> str:
-    """str(error), for errors whose own __str__ fails as well."""
+    """str(error) within limits, for errors whose own __str__ fails as well."""
     try:
-        return str(error)
-    except Exception as second:  # the learner's code; what it raised is all there is to say
+        return _cut(str(error))
+    except BaseException as second:  # the learner's code; what it raised is all there is to say
         return f"<its message cannot be shown: {type(second).__name__}>"
 
 
@@ -74,7 +83,7 @@ def chain(error: BaseException) -> list[BaseException]:
     """The error and everything it came from."""
     found: list[BaseException] = []
     next_one: BaseException | None = error
-    while next_one is not None and next_one not in found:
+    while next_one is not None and not any(next_one is one for one in found):
         found.append(next_one)
         next_one = next_one.__cause__ or next_one.__context__
     return found

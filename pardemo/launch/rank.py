@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pardemo.launch import inside, pickling, progress, wire
+from pardemo.launch import family, inside, pickling, progress, wire
 
 
 def main(
@@ -38,6 +38,7 @@ def main(
     `folder` takes what multiprocessing keeps on disk, here and in this rank's own children.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the kernel stops ranks itself
+    family.adopt_orphans()
     _redirect(out_fd, err_fd)
     faulthandler.enable(file=stacks_fd, all_threads=True)  # a signal may reach any thread
     faulthandler.register(signal.SIGUSR1, file=stacks_fd, all_threads=True)
@@ -98,7 +99,7 @@ class Rank:
                 self.inbox.put(message)
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
-        os.killpg(0, signal.SIGKILL)  # the kernel is gone, or has dropped this group
+        family.kill(os.getpid())  # the kernel is gone, or has dropped this group
 
     def _run(self, message: wire.Message) -> bool:
         """Run one call and send its value or its error; whether it returned."""
@@ -139,7 +140,7 @@ class Rank:
         """Everything written so far is in the pipes, C's buffers included."""
         self.reporter.flush()
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(Exception):  # the learner may have put anything in their place
                 stream.flush()
         ctypes.CDLL(None).fflush(None)
 

@@ -14,7 +14,6 @@ import os
 import resource
 import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -27,10 +26,17 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
+from pardemo.launch import family, watch
 from pardemo.launch import rank as rank_module
-from pardemo.launch import watch
 
 _FDS_PER_RANK = 4  # a socket and three pipes
+_ZYGOTE = "pardemo.launch.zygote"
+# it must not outlive its kernel while it imports torch, when it does not look at its socket yet
+_BOOT = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "  # PR_SET_PDEATHSIG, SIGKILL
+    "os.getppid() == int(sys.argv[-1]) or os._exit(1); "
+    f"from {_ZYGOTE} import main; main()"
+)
 Reading = Callable[[], list[tuple[int, str, Any]]]
 
 
@@ -112,8 +118,9 @@ class ForkServer:
         environ["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environ.get("PYTHONPATH")]))
         command = [
             sys.executable,
-            "-m",
-            "pardemo.launch.zygote",
+            "-c",
+            _BOOT,
+            _ZYGOTE,  # what a list of processes shows
             str(theirs.fileno()),
             str(os.getpid()),
         ]
@@ -237,12 +244,12 @@ def spawn(nprocs: int) -> Started:
         code = processes[rank].exitcode
         if code is None:
             return []
-        _kill_group(processes[rank].pid)
+        family.kill(processes[rank].pid)
         return [(rank, "exited", code)]
 
     def stop() -> None:
         for process in processes:
-            _kill_group(process.pid)
+            family.kill(process.pid)
 
     def release() -> None:
         for process in processes:
@@ -283,9 +290,3 @@ def _spawned(rank: int, connections: list[list[Any]], kernel: int, folder: str) 
     if os.getppid() != kernel:
         os._exit(1)
     rank_module.main(rank, *fds, folder=folder)
-
-
-def _kill_group(pid: int) -> None:
-    for kill in (os.killpg, os.kill):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            kill(pid, signal.SIGKILL)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pardemo.launch import pickling, rendezvous, servers, watch
+from pardemo.launch import inside, pickling, rendezvous, servers, watch
 from pardemo.launch.failure import Outcome, RankFailed
 from pardemo.launch.follow import Follow
 from pardemo.launch.group import Group
@@ -148,6 +148,9 @@ class Session:
 def _value(outcome: Outcome) -> Any:
     try:
         return pickling.unpack(outcome.body or [])
-    except Exception as error:
-        text = f"the value of rank {outcome.rank} cannot be read here: {error}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the learner's class does, SystemExit too
+        said = f"{type(error).__name__}: {inside.safe_text(error)}"
+        text = f"the value of rank {outcome.rank} cannot be read here: {said}"
         raise RankFailed(text, outcome.rank, {outcome.rank: text}) from error

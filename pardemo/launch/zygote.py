@@ -7,13 +7,14 @@ operator, never starts a thread and never touches CUDA, so its fork is safe and 
 It lives in its own session. The kernel holds one socket to it and one per group of ranks; when a
 group's socket ends, for whatever reason, that group is killed with all its children, and when the
 kernel's socket ends, everything is. A kernel that was killed with SIGKILL has closed them too.
+Ranks adopt the orphans below them, and this process those of a rank that has ended: a child of it
+that is no rank is left over, and is killed.
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
-import ctypes
 import errno
 import gc
 import importlib
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from pardemo.launch import family
 from pardemo.launch import rank as rank_module
 
 # A rank that uses these finds them loaded; together with torch they cost seconds to import.
@@ -40,8 +42,8 @@ _PRELOADED = [
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
 ]
-_PR_SET_PDEATHSIG = 1
 _POLL_S = 1.0  # between two looks at who our parent is
+_SWEEP_S = 2.0  # for what ended ranks have left, and what that leaves, to end
 _FDS_PER_RANK = 4
 
 
@@ -69,6 +71,8 @@ class ForkServer:
 
     def serve(self) -> None:
         """Fork ranks on request, report their deaths; return when the kernel is gone."""
+        family.adopt_orphans()
+        family.end_with_parent(False)  # it ends with the thread that started it while it imports
         self.sock.send(b"ready")
         while True:
             fds = [self.sock, self.wake_r, *(group.sock for group in self.groups.values())]
@@ -98,7 +102,7 @@ class ForkServer:
         except ConnectionResetError:
             data, fds = b"", []
         if not data:
-            self._end(group)
+            self.end(group)
             return
         request = json.loads(data)
         group.folder = request["folder"]
@@ -131,7 +135,7 @@ class ForkServer:
 
     def _child(self, parent: int, rank: int, fds: list[int], folder: str) -> None:
         """In the new process: become a rank, tied to the fork server's life."""
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        family.end_with_parent(True)
         if os.getppid() != parent:
             os._exit(1)
         os.setpgid(0, 0)
@@ -144,22 +148,28 @@ class ForkServer:
 
     def _reap(self) -> None:
         for group in self.groups.values():
-            for rank, process in list(group.processes.items()):
-                pid, code = process.pid, process.exitcode
-                if code is None:
-                    continue
-                _kill_group(pid)  # what the rank started and left behind, DataLoader workers
-                process.close()
-                del group.processes[rank]
-                _reply(group, rank=rank, exited=code)
+            self._bury(group, [r for r, p in group.processes.items() if p.exitcode is not None])
 
-    def _end(self, group: Group) -> None:
-        """Kill what is left of a group, wait for it, and say so by closing its socket."""
-        for rank, process in list(group.processes.items()):
-            _kill_group(process.pid)
-            process.join()
-            _reply(group, rank=rank, exited=process.exitcode)
+    def _bury(self, group: Group, ranks: list[int]) -> None:
+        """Forget ranks that have ended, end all that they have left to us, then report them."""
+        codes = {}
+        for rank in ranks:
+            process = group.processes.pop(rank)
+            codes[rank] = process.exitcode
+            family.kill(process.pid)  # its process group: DataLoader workers
             process.close()
+        living = {p.pid for group in self.groups.values() for p in group.processes.values()}
+        family.end_children(living, _SWEEP_S)
+        for rank, code in codes.items():
+            _reply(group, rank=rank, exited=code)
+
+    def end(self, group: Group) -> None:
+        """Kill what is left of a group, wait for it, and say so by closing its socket."""
+        for process in group.processes.values():
+            family.kill(process.pid)
+        for process in group.processes.values():
+            process.join()
+        self._bury(group, list(group.processes))
         shutil.rmtree(group.folder, ignore_errors=True)
         del self.groups[group.sock.fileno()]
         group.sock.close()
@@ -181,14 +191,9 @@ def _reply(group: Group, **message: Any) -> None:
         group.sock.send(json.dumps(message).encode())
 
 
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-
-
 def main() -> None:
-    """`python -m pardemo.launch.zygote FD KERNEL_PID`: serve the kernel at the other end of FD."""
-    fd, kernel_pid = int(sys.argv[1]), int(sys.argv[2])
+    """Serve the kernel at the other end of a socket; `sys.argv` ends with it and the kernel."""
+    fd, kernel_pid = map(int, sys.argv[-2:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in _PRELOADED:
         importlib.import_module(name)
@@ -197,12 +202,8 @@ def main() -> None:
     try:
         server.serve()
     finally:
+        for process in [p for g in server.groups.values() for p in g.processes.values()]:
+            family.kill(process.pid)  # all at once, before anything is waited for
         for group in list(server.groups.values()):
-            for process in group.processes.values():
-                _kill_group(process.pid)
-            shutil.rmtree(group.folder, ignore_errors=True)
+            server.end(group)
         os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

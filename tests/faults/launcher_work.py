@@ -91,6 +91,26 @@ def drags() -> None:
         total()
 
 
+def leaves_a_daemon(folder: str, how: str) -> None:
+    """Rank 1 starts a process that leaves its session and its parent, and ends as `how` says."""
+    if dist.get_rank() == 1:
+        middle = os.fork()
+        if middle == 0:
+            os.setsid()
+            if os.fork() == 0:
+                Path(folder, f"daemon-{os.getpid()}").touch()
+                time.sleep(600)
+            os._exit(0)
+        os.waitpid(middle, 0)
+        while not list(Path(folder).glob("daemon-*")):
+            time.sleep(0.01)
+        if how == "dies":
+            os._exit(1)
+        if how == "raises":
+            raise ValueError("planted")
+    total()
+
+
 def values() -> torch.Tensor:
     total()
     print("said")

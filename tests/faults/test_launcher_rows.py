@@ -28,6 +28,7 @@ from .launcher_work import (
     deaf_in_c,
     drags,
     imports_for_ever,
+    leaves_a_daemon,
     many_sums,
     other_order,
     other_shape,
@@ -302,6 +303,18 @@ def test_row_14_ranks_outlive_the_thread_that_started_them(tmp_path: Path, start
         time.sleep(0.3)
         assert list(ranks(total)) == [6.0, 6.0]
         ranks.close()
+
+
+@pytest.mark.parametrize("how", ["returns", "raises", "dies"])
+def test_what_a_rank_started_in_another_session_ends_with_it(tmp_path: Path, how: str) -> None:
+    marks = Path(tempfile.mkdtemp(dir=tmp_path))
+    with nothing_left(tmp_path):
+        if how == "returns":
+            launch(leaves_a_daemon, str(marks), how, nprocs=2, echo=False)
+        else:
+            blamed(leaves_a_daemon, str(marks), how)
+        (daemon,) = marks.glob("daemon-*")
+        assert not psutil.pid_exists(int(daemon.name.removeprefix("daemon-")))
 
 
 BLOCKED = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -70,6 +71,49 @@ class _Awkward(Exception):
 def raises_awkwardly(culprit: int) -> None:
     if rank() == culprit:
         raise _Awkward(1, 2)
+    wait_for_all()
+
+
+class _Leaves(Exception):
+    """Ends the program when it is shown."""
+
+    def __str__(self) -> str:
+        sys.exit(1)
+
+
+def raises_what_exits_when_shown(culprit: int) -> None:
+    if rank() == culprit:
+        raise _Leaves
+    wait_for_all()
+
+
+def raises_without_a_stream(culprit: int) -> None:
+    if rank() == culprit:
+        sys.stdout = sys.stderr = None  # type: ignore[assignment]
+        raise ValueError("the planted error")
+    wait_for_all()
+
+
+def raises_outside_its_group(culprit: int) -> None:
+    if rank() == culprit:
+        os.setpgid(0, os.getpgid(os.getppid()))
+        raise ValueError("the planted error")
+    wait_for_all()
+
+
+def becomes_another_program(culprit: int) -> None:
+    if rank() == culprit:
+        os.execv("/bin/sleep", ["sleep", "60"])
+    wait_for_all()
+
+
+def writes_into_every_descriptor(culprit: int) -> None:
+    """Into the rank's own connection too, where it is not a message."""
+    if rank() == culprit:
+        for fd in range(3, 64):
+            with contextlib.suppress(OSError):
+                os.write(fd, b"\xff" * 64)
+        time.sleep(60)
     wait_for_all()
 
 
@@ -224,6 +268,11 @@ FAULTS = [
     Fault(raises_after, "ValueError: the planted error"),
     Fault(raises_late_with_connections_closed, "ValueError: the planted error"),
     Fault(raises_awkwardly, "_Awkward"),
+    Fault(raises_what_exits_when_shown, "_Leaves"),
+    Fault(raises_without_a_stream, "ValueError: the planted error"),
+    Fault(raises_outside_its_group, "ValueError: the planted error"),
+    Fault(becomes_another_program, "closed or broke its connection"),
+    Fault(writes_into_every_descriptor, "closed or broke its connection"),
     Fault(exits_0, "SystemExit: 0"),
     Fault(exits_hard_0, "status 0"),
     Fault(exits_hard_3, "status 3"),

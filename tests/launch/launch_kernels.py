@@ -41,8 +41,9 @@ class Kernel:
         self.pid = self.manager.provisioner.process.pid
 
     def send(self, code: str) -> str:
-        """Start a cell; its message id."""
-        return self.client.execute(code)
+        """Start a cell; its message id, which is kept as `last` too."""
+        self.last = self.client.execute(code)
+        return self.last
 
     def run(self, code: str, timeout: float = 60) -> Reply:
         """Run a cell to its end."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -80,6 +85,7 @@ def test_a_restart_leaves_no_rank() -> None:
 def test_a_killed_fork_server_is_named_and_the_next_launch_works() -> None:
     with a_kernel() as kernel:
         family = blocked_kernel(kernel, "mutual recv")
+        cell = kernel.last
         server = next(p for p in family if "pardemo.launch.zygote" in p.cmdline())
         ranks = server.children(recursive=True)
         os.kill(server.pid, signal.SIGKILL)
@@ -87,4 +93,27 @@ def test_a_killed_fork_server_is_named_and_the_next_launch_works() -> None:
         while alive(ranks) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert alive(ranks) == []
+        assert "the process that forks ranks was ended from outside" in kernel.reply(cell).evalue
         assert kernel.run("print(launch(reduce, nprocs=2)[0])").out == "4.0\n"
+
+
+def test_a_fork_server_that_still_imports_torch_ends_with_its_kernel(tmp_path: Path) -> None:
+    """Its import takes for ever here, as it may seem to on a busy machine."""
+    (tmp_path / "torch.py").write_text("import time\ntime.sleep(600)\n")
+    script = """
+    import os, signal, sys, time
+    from pardemo.launch import servers
+    os.environ["PYTHONPATH"] = sys.argv[1]
+    print(servers.fork_server().process.pid, flush=True)
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    with contextlib.suppress(psutil.NoSuchProcess):
+        server = psutil.Process(int(ran.stdout))
+        psutil.wait_procs([server], timeout=2.0)
+        assert alive([server]) == []

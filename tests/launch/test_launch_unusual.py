@@ -9,7 +9,9 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import nbclient.exceptions
 import nbformat
@@ -48,6 +50,30 @@ def test_when_two_ranks_raise_different_errors_the_first_is_the_headline() -> No
     assert caught.value.rank == 1
     assert str(caught.value).startswith("rank 1 of 3 raised KeyError: 'the first'")
     assert "rank 2: raised ValueError: the second" in str(caught.value)
+
+
+def test_a_message_that_nobody_can_read_to_its_end_is_cut() -> None:
+    def fail() -> None:
+        raise ValueError("x" * 10_000_000 + " the end")
+
+    with pytest.raises(RankFailed, match="rank 0 of 1 raised ValueError: xxx") as caught:
+        launch(fail, nprocs=1)
+    assert len(str(caught.value)) < 100_000
+    assert "the end" in str(caught.value)
+    assert "characters left out" in str(caught.value)
+
+
+class _Exits:
+    """Ends the program when it arrives."""
+
+    def __reduce__(self) -> tuple[Callable[[int], NoReturn], tuple[int]]:
+        return sys.exit, (9,)
+
+
+def test_a_value_that_fails_on_arrival_is_named_and_the_ranks_live_on(ranks2: Ranks) -> None:
+    with pytest.raises(RankFailed, match="the value of rank 0 cannot be read here: SystemExit: 9"):
+        ranks2(_Exits)
+    assert list(ranks2(dist.get_rank)) == [0, 1]
 
 
 def test_ranks_that_wait_for_each_other_show_both_lines() -> None:
