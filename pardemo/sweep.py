@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from . import notebooks
-from .parameters import Refused, nearest, shown, validate
+from . import notebooks, strategies, workloads
+from .parameters import Parameter, Refused, nearest, shown, validate
 
 KEYS = ("benchmark", "parameters", "grid")
 MOST_CASES = 500
@@ -107,8 +107,33 @@ def benchmarks() -> list[str]:
 def checked(benchmark: str, given: Mapping[str, Any]) -> Case:
     """A case whose benchmark exists and whose parameters fit; Refused otherwise."""
     path = notebooks.find(benchmark, "benchmarks")
-    values = validate(given, notebooks.parameters(path), path.name)
+    known = notebooks.parameters(path)
+    values = validate(given, known, path.name)
+    for name, value in values.items():
+        _sensible(known[name], value)
     return Case(path.stem, tuple(values.items()))
+
+
+def _sensible(parameter: Parameter, value: Any) -> None:
+    """Refuse what the notebook would, before its kernel starts: an impossible number, a name.
+
+    No number of a benchmark is negative; a whole one that is positive by default counts something.
+    """
+    if isinstance(value, int | float):
+        counts = isinstance(value, int) and parameter.default.isdecimal()
+        least = min(1, int(parameter.default)) if counts else 0
+        if value < least:
+            raise Refused(
+                f"parameter {parameter.name} must be at least {least}, not {value}: "
+                f"{parameter.help}"
+            )
+    if parameter.name == "model" and ":" not in value and value not in workloads.names():
+        raise Refused(f"there is no model {shown(value)}; {nearest(value, workloads.names())}")
+    if parameter.name in ("strategy", "strategies") and value != "all":
+        for name in (part.strip() for part in value.split(",")):
+            if name not in strategies.names():
+                near = nearest(name, strategies.names())
+                raise Refused(f"there is no strategy {shown(name)}; {near}")
 
 
 def _cases(
