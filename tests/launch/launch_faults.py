@@ -208,7 +208,7 @@ def calls_another_collective(culprit: int) -> None:
 
 def misses_the_barrier(culprit: int) -> None:
     if rank() == culprit:
-        time.sleep(30)
+        time.sleep(60)
     dist.monitored_barrier(timeout=timedelta(seconds=1))
 
 
