@@ -13,10 +13,10 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from . import explore, notebooks, page, records
+from . import explore, notebooks, page, records, strategies, workloads
 from .cluster import cells, world
 from .machine import machine
-from .parameters import Refused
+from .parameters import Refused, nearest, shown
 from .sweep import Case, Sweep
 
 POLL_S = 1.0
@@ -27,10 +27,24 @@ def run(cases: Sequence[Case], results: Path, sweep: Sweep | None = None) -> int
 
     A sweep that was interrupted goes on with the cases that have no row yet. One case at a time:
     benchmarks in parallel would time each other. Under torchrun or srun rank 0 does this, over all
-    of the world's ranks; the others serve it and return 0.
+    of the world's ranks; the others serve it and return 0. Refused, before any kernel starts, for
+    a model or a strategy that does not exist.
     """
+    for case in cases:
+        _check_names(dict(case.given))
     with world.joined() as rank:
         return 0 if rank else _run(cases, results, sweep)
+
+
+def _check_names(given: dict[str, Any]) -> None:
+    model = given.get("model", "mine:")
+    chosen = given.get("strategies", given.get("strategy", "all"))
+    asked = [("model", model, workloads.names())] if ":" not in model else []
+    if chosen != "all":
+        asked += [("strategy", name.strip(), strategies.names()) for name in chosen.split(",")]
+    for what, name, known in asked:
+        if name not in known:
+            raise Refused(f"there is no {what} {shown(name)}; {nearest(name, known)}")
 
 
 def _run(cases: Sequence[Case], results: Path, sweep: Sweep | None) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from . import notebooks, strategies, workloads
+from . import notebooks
 from .parameters import Parameter, Refused, nearest, shown, validate
 
 KEYS = ("benchmark", "parameters", "grid")
@@ -115,7 +115,7 @@ def checked(benchmark: str, given: Mapping[str, Any]) -> Case:
 
 
 def _sensible(parameter: Parameter, value: Any) -> None:
-    """Refuse what the notebook would, before its kernel starts: an impossible number, a name.
+    """Refuse an impossible number, as the notebook would, before its kernel starts.
 
     No number of a benchmark is negative; a whole one that is positive by default counts something.
     """
@@ -127,13 +127,6 @@ def _sensible(parameter: Parameter, value: Any) -> None:
                 f"parameter {parameter.name} must be at least {least}, not {value}: "
                 f"{parameter.help}"
             )
-    if parameter.name == "model" and ":" not in value and value not in workloads.names():
-        raise Refused(f"there is no model {shown(value)}; {nearest(value, workloads.names())}")
-    if parameter.name in ("strategy", "strategies") and value != "all":
-        for name in (part.strip() for part in value.split(",")):
-            if name not in strategies.names():
-                near = nearest(name, strategies.names())
-                raise Refused(f"there is no strategy {shown(name)}; {near}")
 
 
 def _cases(
