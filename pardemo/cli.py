@@ -45,9 +45,9 @@ class Parser(argparse.ArgumentParser):
         raise Refused(f"{message}; see `{self.prog} --help`")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """The arguments, every number among them finite."""
+        """The arguments, every number that was given finite; a default may be "no limit"."""
         found = super().parse_args(args, namespace)
-        for name, value in vars(found).items():
+        for name, value in [(n, v) for n, v in vars(found).items() if v is not self.get_default(n)]:
             if isinstance(value, float) and not math.isfinite(value):
                 self.error(f"argument --{name.replace('_', '-')}: {value} is not a finite number")
         return found

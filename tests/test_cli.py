@@ -94,6 +94,7 @@ BAD = [
     ("plan --model gpt2 --cluster nowhere", "no profile nowhere"),
     ("plan", "arguments are required: --model"),
     ("score /no/such/file.csv", "cannot be read"),
+    ("score --most-nodes inf x.csv", "argument --most-nodes: inf is not a finite number"),
     ("score", "arguments are required: file"),
 ]
 
