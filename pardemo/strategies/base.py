@@ -27,6 +27,7 @@ from pardemo.strategies.cut import cut as cut
 from pardemo.strategies.cut import cut_by_hand as cut_by_hand
 from pardemo.strategies.cut import entering as entering
 from pardemo.strategies.cut import inseparable as inseparable
+from pardemo.strategies.cut import no_view as no_view
 from pardemo.strategies.cut import parameter_costs as parameter_costs
 from pardemo.strategies.cut import pieces as pieces
 

@@ -125,14 +125,19 @@ def entering(value: torch.Tensor) -> torch.Tensor:
     What arrives asks for a gradient and was computed by nobody here; autograd refuses to let
     nn.ReLU(inplace=True) change such a tensor. The memory is the same.
     """
-    if not (torch.is_grad_enabled() and value.requires_grad and value.is_leaf):
+    return no_view(value) if value.is_leaf else value
+
+
+def no_view(value: torch.Tensor) -> torch.Tensor:
+    """The same storage, which autograd takes for a result of its own: no leaf and no view."""
+    if not (torch.is_grad_enabled() and value.requires_grad):
         return value
-    entered: torch.Tensor = _Enter.apply(value)
-    return entered
+    own: torch.Tensor = _NoView.apply(value)
+    return own
 
 
-class _Enter(torch.autograd.Function):
-    """The same storage as the result of a function; not a view, which would be refused too."""
+class _NoView(torch.autograd.Function):
+    """In place neither a leaf may be changed nor a view that another function made."""
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:

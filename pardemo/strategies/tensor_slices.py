@@ -59,9 +59,17 @@ def slice_layers(
             for name in pair.columns:
                 column = module.get_submodule(name)
                 column.register_forward_pre_hook(handover, prepend=True)
+    if any(getattr(m, "inplace", False) for m in module.modules()):
+        for name in (name for pair in found for name in (*pair.columns, pair.rows)):
+            module.get_submodule(name).register_forward_hook(_changeable)
     if loss_parallel and module.config.tied:  # type: ignore[union-attr]
         module.head.weight = module.embed.tok.weight  # type: ignore[union-attr]
     return _kept_whole(module)
+
+
+def _changeable(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+    """A layer's result that the next may change in place: a DTensor's own part is a view of it."""
+    return out if isinstance(out, DTensor) else base.no_view(out)
 
 
 def _kept_whole(module: nn.Module) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ FITS = {
     "unused": (EVERYWHERE - {"ddp", "zero1"}) | TRACED | SLICED,
     "parametrized": EVERYWHERE | TRACED,
     "careless": EVERYWHERE | TRACED,
-    "in_place": EVERYWHERE | TRACED,
+    "in_place": EVERYWHERE | TRACED | SLICED,
 }
 
 
@@ -97,6 +97,7 @@ def test_every_strategy_equals_one_process_or_says_in_one_line_why_not(
         ("pipeline", "careless"),
         ("pipeline", "in_place"),
         ("model_parallel", "in_place"),
+        ("tensor", "in_place"),
     ],
 )
 def test_two_ranks_equal_one_process(ranks2: Ranks, strategy: str, name: str) -> None:
