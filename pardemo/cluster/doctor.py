@@ -98,8 +98,7 @@ def _named_interfaces(environment: Mapping[str, str]) -> list[Finding]:
     found = []
     for variable in VARIABLES:
         value = environment.get(variable, "")
-        first = value.lstrip("^=").split(",")[0]
-        if value and not value.startswith("^") and not any(n.startswith(first) for n in there):
+        if value and not value.startswith("^") and not meant(variable, value, there):
             found.append(
                 Finding(
                     FAIL, f"{variable}={value}, but no interface of that name is up",
@@ -115,6 +114,13 @@ def _named_interfaces(environment: Mapping[str, str]) -> list[Finding]:
         )  # fmt: skip
     named = ", ".join(f"{name} {' '.join(a)}" for name, a in there.items() if a)
     return found or [Finding(OK, f"interfaces: {named}")]
+
+
+def meant(variable: str, value: str, there: Mapping[str, list[str]]) -> list[str]:
+    """The interfaces that a variable means: gloo wants whole names, nccl beginnings (=: whole)."""
+    begins = variable.startswith("NCCL") and not value.startswith("=")
+    names = value.lstrip("=").split(",")
+    return [n for n in there if any(n.startswith(x) if begins else n == x for x in names if x)]
 
 
 def _shared_memory() -> Finding:

@@ -16,7 +16,18 @@ from dataclasses import dataclass
 
 import psutil
 
-from pardemo.cluster.doctor import FAIL, OK, Finding, compare, facts, here, interfaces
+from pardemo.cluster.doctor import (
+    FAIL,
+    OK,
+    VARIABLES,
+    WARN,
+    Finding,
+    compare,
+    facts,
+    here,
+    interfaces,
+    meant,
+)
 from pardemo.parameters import Refused
 
 LIMIT = 65536  # bytes of an answer
@@ -69,6 +80,9 @@ def examine(nodes: list[Node], this: int | None, timeout: float, pairs: bool) ->
             "correct /etc/hosts on this node, or give the address that the others use",
         )  # fmt: skip
         return
+    elsewhere = list(_elsewhere(mine)) if len(nodes) > 1 else []
+    yield from elsewhere
+    pairs = pairs and FAIL not in [finding.level for finding in elsewhere]
     with contextlib.ExitStack() as stack:
         try:
             asked = stack.enter_context(serving(mine))
@@ -83,6 +97,23 @@ def examine(nodes: list[Node], this: int | None, timeout: float, pairs: bool) ->
         deadline = time.monotonic() + timeout
         while len(asked) < len(nodes) - 1 and time.monotonic() < deadline:
             time.sleep(0.1)  # a slower node has still to ask
+
+
+def _elsewhere(mine: Node) -> Iterator[Finding]:
+    """Where gloo is told an interface that has not the address at which the nodes meet."""
+    value, there = os.environ.get(VARIABLES[0], ""), interfaces()
+    named = meant(VARIABLES[0], value, there)
+    addresses = [address for name in named for address in there[name]]
+    if not addresses or mine.address in addresses:
+        return
+    local = all(address.startswith("127.") for address in addresses)
+    home = [name for name, own in there.items() if mine.address in own]
+    yield Finding(
+        FAIL if local else WARN,
+        f"{VARIABLES[0]}={value} has the address {' '.join(addresses)}, and the nodes meet at "
+        f"{mine.address}" + (": no other node can connect to it" if local else ""),
+        f"set it to {' or '.join(home)}" + ("" if local else ", unless both lead to all nodes"),
+    )
 
 
 def _this(nodes: list[Node]) -> int | None:
@@ -131,6 +162,21 @@ def _cannot_listen(mine: Node, error: OSError) -> Finding:
     return Finding(FAIL, f"port {mine.port} is in use{who}", "end it, or choose another port")
 
 
+class _Silent(Exception):
+    """Somebody listens, and does not answer."""
+
+
+def _answer(connection: socket.socket) -> bytes:
+    """All that the other side sends, until it closes."""
+    data = b""
+    try:
+        while len(data) < LIMIT and (part := connection.recv(4096)):
+            data += part
+    except TimeoutError:
+        raise _Silent from None
+    return data
+
+
 def meet(node: Node, timeout: float) -> Generator[Finding, None, bool]:
     """Connect to another node until it answers; yields findings, returns whether it was reached."""
     deadline, last = time.monotonic() + timeout, OSError(errno.ETIMEDOUT, "timed out")
@@ -138,15 +184,18 @@ def meet(node: Node, timeout: float) -> Generator[Finding, None, bool]:
         began = time.time()
         try:
             with socket.create_connection((str(node.address), node.port), 3) as connection:
-                data = b""
-                while len(data) < LIMIT and (part := connection.recv(4096)):
-                    data += part
-            theirs = json.loads(data)
+                theirs = json.loads(_answer(connection))
             offset = theirs["clock"] - (began + time.time()) / 2
             yield from compare(facts(), theirs, offset)
             return True
         except (ValueError, KeyError, TypeError):
             yield Finding(FAIL, f"{node} answers, but it is no doctor", "choose another port")
+            return False
+        except _Silent:
+            yield Finding(
+                FAIL, f"{node} ({node.address}) takes connections and says nothing: it is no "
+                "doctor, or one that is stopped", "choose another port, or look at it there",
+            )  # fmt: skip
             return False
         except OSError as error:
             last = error
@@ -205,7 +254,8 @@ def all_reduce(nodes: list[Node], index: int, timeout: float) -> Iterator[Findin
         if worked:
             yield Finding(OK, f"all-reduce with {other}: {said}")
         else:
-            yield Finding(FAIL, f"all-reduce with {other} failed: {_last(said)}", _advice())
+            text = f"all-reduce with {other} failed: {_last(said)}"
+            yield Finding(FAIL, text, _advice(said, host))
 
 
 def _last(text: str) -> str:
@@ -213,7 +263,9 @@ def _last(text: str) -> str:
     return lines[-1][:300]
 
 
-def _advice() -> str:
+def _advice(said: str, host: Node) -> str:
+    if "EADDRINUSE" in said:
+        return f"port {host.port + 1} is in use on {host.host}: choose another than {host.port}"
     there = [name for name, addresses in interfaces().items() if name != "lo" and addresses]
     return (
         f"set GLOO_SOCKET_IFNAME (one of {', '.join(there)}) on every node to the interface "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,11 +60,32 @@ def test_a_name_that_resolves_to_loopback_is_found(lab: Nodes, hosts: None) -> N
     assert "-> correct /etc/hosts on this node" in text
 
 
-def test_gloo_on_the_wrong_interface_is_found_by_the_all_reduce(lab: Nodes) -> None:
+def test_gloo_on_loopback_is_found_without_waiting_for_an_all_reduce(lab: Nodes) -> None:
     wrong = {"GLOO_SOCKET_IFNAME": "lo"}
+    reports = examine(lab, environment=[wrong, wrong])
+    for (code, text), address in zip(reports, lab.addresses, strict=True):
+        assert code == 1
+        said = f"GLOO_SOCKET_IFNAME=lo has the address 127.0.0.1, and the nodes meet at {address}"
+        assert f"FAIL  {said}: no other node can connect to it" in text
+        assert "-> set it to eth0" in text
+        assert "all-reduce" not in text
+
+
+@pytest.mark.soak
+def test_gloo_on_the_wrong_interface_is_found_by_the_all_reduce(lab: Nodes) -> None:
+    for node in range(2):
+        for line in (
+            "link add far0 type veth peer name far1", f"addr add 10.{98 + node}.0.1/24 dev far0",
+            "link set far1 up", "link set far0 up",
+        ):  # fmt: skip
+            assert lab.run(node, ["ip", *line.split()]).returncode == 0
+    wrong = {"GLOO_SOCKET_IFNAME": "far0"}
     reports = examine(lab, "--timeout-s", "8", environment=[wrong, wrong])
+    for node in range(2):
+        lab.run(node, ["ip", "link", "del", "far0"])
+    assert all("WARN  GLOO_SOCKET_IFNAME=far0 has the address 10." in t for _, t in reports)
     assert any("FAIL  all-reduce with" in text for _, text in reports)
-    assert "-> set GLOO_SOCKET_IFNAME (one of eth0)" in "".join(text for _, text in reports)
+    assert "-> set GLOO_SOCKET_IFNAME (one of eth0, far0)" in "".join(t for _, t in reports)
     assert 1 in [code for code, _ in reports]
 
 
@@ -169,6 +191,34 @@ def test_another_version_and_another_clock_on_a_node_are_found(lab: Nodes) -> No
     assert " and 2.12.0 on node1" in text
     assert "WARN  the clock of node1 is -" in text
     assert "-> logs will not line up" in text
+
+
+def test_whoever_listens_and_says_nothing_is_no_firewall() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        node = reach.Node("n1", silent.getsockname()[1], "127.0.0.1")
+        (finding,) = reach.meet(node, 1.0)
+    assert "takes connections and says nothing: it is no doctor" in finding.text
+
+
+def test_an_all_reduce_that_finds_its_port_taken_says_which() -> None:
+    node = reach.Node("n0", 29400, "10.0.0.1")
+    assert "port 29401 is in use on n0" in reach._advice("DistNetworkError EADDRINUSE ...", node)
+    assert "set GLOO_SOCKET_IFNAME" in reach._advice("connectFullMesh failed", node)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "names"),
+    [
+        ("GLOO_SOCKET_IFNAME", "eth", []), ("GLOO_SOCKET_IFNAME", "ib0,eth0", ["eth0"]),
+        ("NCCL_SOCKET_IFNAME", "eth", ["eth0", "eth1"]), ("NCCL_SOCKET_IFNAME", "=eth", []),
+        ("NCCL_SOCKET_IFNAME", "=eth1", ["eth1"]),
+    ],
+)  # fmt: skip
+def test_gloo_wants_whole_names_and_nccl_beginnings(
+    variable: str, value: str, names: list[str]
+) -> None:
+    there: dict[str, list[str]] = {"lo": [], "eth0": [], "eth1": []}
+    assert doctor.meant(variable, value, there) == names
 
 
 FACTS = {"host": "n1", "python": "3.11.7", "torch": "2.13.0", "nccl": "", "gpus": 0}
