@@ -75,6 +75,8 @@ def calibrate(
             case = Case(ddp, ranks=min(total, max(2, here.devices)))
             parts = decompose(case, ranks=ranks, rounds=rounds, max_rounds=rounds, budget_s=4)
             overlap = _overlap(parts.exposed_s + max(parts.rest_s, 0.0), parts.communication_s)
+            if not here.gpus and case.ranks >= here.devices:
+                overlap["hidden_share"] = 0.0  # every core computes: what seems hidden is noise
     profile = _about(here, name, found.load)
     profile |= {
         "collectives": _collectives(found, worlds if total > 1 else [], sizes, kinds, here),
