@@ -6,7 +6,7 @@ Sent       a rank sends A bytes per microbatch and boundary to the right (activa
            to the left (their gradients, backward): 2 m A for an inner rank, m A at both ends, times
            the number of boundaries where stages interleave; A is one microbatch's activation. A
            parameter of S bytes that k stages share: one all-reduce among them, 2(k-1)/k S. The
-           loss: 4 bytes from the last stage to all.
+           loss, summed in float64: 8 bytes from the last stage to all.
 Memory     parameters, gradients and optimiser state of the rank's own stages; activations of up to
            m microbatches (gpipe) or p (1f1b).
 Idle       (p-1)/(m+p-1) of the step for gpipe and 1f1b; (p-1)/(v m) of the ideal time, interleaved.
