@@ -78,7 +78,7 @@ def _down(_: argparse.Namespace) -> int:
     held = holding.load()
     if held is not None:
         held.end()
-        holding.forget()
+    holding.forget()  # also what an `up` has left that was killed
     print("no nodes stand" if held is None else f"{len(held.holder_pids)} nodes ended")
     return 0
 
