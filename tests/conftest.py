@@ -1,7 +1,8 @@
 """What every test shares: quiet numerics, no display, and warm groups of ranks.
 
-`make test` runs in several processes, each of which takes one file after another. A fault test
-counts what its own process and all below it hold, so that another one beside it does not matter.
+`make test` runs in one process, and with WORKERS=2 in two, each of which takes one file after
+another. A fault test counts what its own process and all below it hold, so that another one beside
+it does not matter.
 """
 
 from __future__ import annotations
