@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .cluster.cli import add_parsers as add_cluster_verbs
 from .launch import RankFailed
-from .parameters import Refused
+from .parameters import Refused, folder
 
 if TYPE_CHECKING:
     from .records import Store
@@ -176,7 +176,7 @@ def _add_bench(verbs: argparse._SubParsersAction) -> None:
         help="a parameter of the notebook, for instance -p workload gpt-mini",
     )  # fmt: skip
     bench.add_argument("--sweep", type=Path, help="a YAML file: benchmark, parameters, grid")
-    bench.add_argument("--results", type=Path, default=RESULTS, help="folder for records, reports")
+    bench.add_argument("--results", type=folder, default=RESULTS, help="for records, reports")
     bench.add_argument(
         "--parameters", action="store_true", help="print the parameters of NAME and stop"
     )
@@ -186,14 +186,14 @@ def _add_bench(verbs: argparse._SubParsersAction) -> None:
 def _add_records(verbs: argparse._SubParsersAction) -> None:
     listed = verbs.add_parser("records", help="list or export what was measured")
     listed.add_argument("run_id", nargs="?", metavar="RUN", help="the cases of one run")
-    listed.add_argument("--results", type=Path, default=RESULTS)
+    listed.add_argument("--results", type=folder, default=RESULTS)
     listed.add_argument("--export", type=Path, help="write .jsonl, .csv or .parquet")
     listed.add_argument("--samples", action="store_true", help="export raw samples, not cases")
     listed.set_defaults(run=_records)
     compared = verbs.add_parser("compare", help="two runs, cell by cell")
     compared.add_argument("a", metavar="A", help="run id, its beginning, or last-1")
     compared.add_argument("b", metavar="B", help="run id, its beginning, or last")
-    compared.add_argument("--results", type=Path, default=RESULTS)
+    compared.add_argument("--results", type=folder, default=RESULTS)
     compared.add_argument(
         "--threshold", type=float, default=0.05,
         help="exit 1 when B is surely slower by more than this share (0.05), 2 when none is judged",

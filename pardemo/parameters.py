@@ -6,11 +6,13 @@ or value is refused before anything runs.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import difflib
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -53,6 +55,13 @@ class Parameter:
             f"parameter {self.name} takes {self.type} (default {self.default}), not {shown(given)}"
             + (f": {self.help}" if self.help else "")
         )
+
+
+def folder(text: str) -> Path:
+    """The folder that was named on a command line; `--results "$UNSET"` names none."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} names no folder; '.' is the current one")
+    return Path(text)
 
 
 def shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -69,6 +70,7 @@ BAD = [
     ("notebooks --mok", "unrecognized arguments: --mok"),
     ("records", "no records in results"),
     ("records --results /dev/null", "no records in /dev/null"),
+    ("records --results ", "argument --results: '' names no folder"),
     ("compare last-1 last", "no records in results"),
     ("compare a b --threshold nan", "nan is not a finite number"),
     ("compare a", "the following arguments are required: B"),
@@ -83,6 +85,7 @@ BAD = [
     ("doctor --timeout-s inf", "inf is not a finite number"),
     ("cluster template slrum", "did you mean 'slurm'"),
     ("cluster template slurm --name $(id)", "name must be"),
+    ("run --folder ", "--folder: '' names no folder"),
     ("run --folder x --strategy dpd", "no strategy is called 'dpd'"),
     ("run --folder x --workload mpl", "did you mean 'mlp'"),
     ("run --folder x --workload os:nothing", "'os:nothing' cannot be loaded"),
@@ -111,6 +114,17 @@ def test_bad_input_is_one_line_and_exit_code_two(
     assert len(told.strip().splitlines()) == 1
     assert "Traceback" not in told
     assert list(tmp_path.iterdir()) == [], "nothing was written"
+
+
+@pytest.mark.parametrize("line", ["records", "compare a b", "bench launching"])
+def test_results_where_no_file_can_be_are_refused_in_one_line(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pardemo.sqlite").mkdir()
+    assert run(*line.split(), "--results", str(tmp_path)) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert "pardemo.sqlite: Is a directory; choose another results folder" in told[-1]
+    assert all(line.startswith("WARNING") for line in told[:-1]), "of the machine card"
 
 
 @pytest.mark.parametrize("line", ["--debug records", "records --debug", "score --debug /no/file"])
@@ -161,6 +175,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     )  # fmt: skip
     assert shell.stdout is not None
     assert shell.stderr is not None
+    fcntl.fcntl(shell.stdout, fcntl.F_SETPIPE_SZ, 4096)  # less than all: what is left must wait
     shell.stdout.readline()
     shell.stdout.close()
     assert shell.stderr.read() == ""

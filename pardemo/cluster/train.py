@@ -60,6 +60,8 @@ class Job:
 
     def check(self) -> None:
         """Refused for names and numbers that cannot be meant."""
+        if not self.folder.strip():
+            raise Refused(f"--folder: {self.folder!r} names no folder; '.' is the current one")
         if self.strategy not in strategies.names():
             known = ", ".join(strategies.names())
             raise Refused(f"no strategy is called {self.strategy!r}; strategies are {known}")

@@ -11,6 +11,7 @@ own content (a case's covers its samples), because SQLite does not notice flippe
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -41,6 +42,8 @@ LOCAL_DISKS = {
     "zfs",
 }
 DAMAGE = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
+# of a path that can never hold records, whoever asks
+NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)
 TABLES = """
 CREATE TABLE runs (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, started TEXT NOT NULL,
@@ -181,7 +184,10 @@ def _make_private(path: Path) -> None:
         finally:
             os.close(handle)
     except OSError as error:
-        raise StoreError(f"cannot write records to {path}: {error.strerror}") from error
+        said = f"cannot write records to {path}: {error.strerror}"
+        if error.errno in NO_FILE:
+            raise Refused(f"{said}; choose another results folder") from None
+        raise StoreError(said) from error
     if not regular:
         raise Refused(f"{path} is not a regular file")
 
