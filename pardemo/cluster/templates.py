@@ -147,6 +147,12 @@ near_the_end() {
   done
 }
 trap near_the_end USR1"""
+FRESH_NUMBERS = """\
+# Slurm repeats for a minute the signal that ended a step of a node that was silent. A requeued job
+# numbers its steps from 0 again: let the last life's two numbers pass, lest it ends the new step
+for _ in $(seq $((${SLURM_RESTART_COUNT:-0} % 2 * 2))); do
+  srun --nodes=1 --ntasks=1 true || true
+done"""
 AFTERWARDS = """\
 step=$! code=0
 wait "$step" || code=$?
@@ -172,6 +178,7 @@ def _slurm_body(plan: Plan) -> list[str]:
         f"master={master}                      # rank 0's node; all nodes must reach it",
         "port=$((20000 + SLURM_JOB_ID % 10000))   # two jobs on one node must not meet",
         *_exports(plan),
+        FRESH_NUMBERS,
         "# each task learns its node's number from Slurm; the rest is the same on all nodes",
         "start='trap \"\" USR1; '   # for the ranks, which may catch it; not the end of torchrun",
         'start+=\'exec "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"\'',

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from pardemo.cluster import Nodes, reasons_against
+from tests.cluster.slurm import Slurm
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +38,15 @@ def need() -> Callable[[str, str], str]:
         return found
 
     return path_of
+
+
+@pytest.fixture(scope="module")
+def slurm(
+    need: Callable[[str, str], str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Slurm]:
+    for tool in ("sbatch", "slurmctld", "slurmd", "munged"):
+        need(tool, "slurm-wlm munge")
+    os.environ["USER"] = pwd.getpwuid(os.geteuid()).pw_name
+    running = Slurm(tmp_path_factory.mktemp("slurm"))
+    yield running
+    running.stop()

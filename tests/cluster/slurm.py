@@ -46,6 +46,7 @@ SlurmdTimeout=10
 KillWait=5
 InactiveLimit=0
 Waittime=0
+SchedulerParameters=bf_interval=2,sched_interval=5
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=2 RealMemory=1000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=2 RealMemory=1000
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=60 State=UP
@@ -102,14 +103,24 @@ class Slurm:
         return list(found.values())
 
     def lose_node(self, node: str) -> None:
-        """SIGKILL a node's slurmd and all it runs, as a power cut does."""
+        """SIGKILL a node's slurmd and all it runs, as a power cut does.
+
+        They are stopped first: none may see another end, and tell Slurm.
+        """
         daemon = next(p for p in self.processes if p.args[-1] == node)  # type: ignore[index]
+        daemon.send_signal(signal.SIGSTOP)
+        stopped: dict[int, psutil.Process] = {}
+        while new := [p for p in self.tasks(node) if p.pid not in stopped]:
+            for process in new:
+                stopped[process.pid] = process
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.suspend()
+        for process in stopped.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         daemon.kill()
         daemon.wait()
         self.processes.remove(daemon)
-        for process in self.tasks(node):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
 
     def _start(self, name: str, *arguments: str) -> None:
         path = f"{os.environ['PATH']}:/usr/sbin:/sbin"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import pwd
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,18 +17,6 @@ from pardemo.cluster.templates import Plan, template
 from tests.cluster.slurm import Slurm
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def slurm(
-    need: Callable[[str, str], str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Slurm]:
-    for tool in ("sbatch", "slurmctld", "slurmd", "munged"):
-        need(tool, "slurm-wlm munge")
-    os.environ["USER"] = pwd.getpwuid(os.geteuid()).pw_name
-    running = Slurm(tmp_path_factory.mktemp("slurm"))
-    yield running
-    running.stop()
 
 
 def submit(slurm: Slurm, folder: Path, *program: str, options: Sequence[str] = ()) -> str:
@@ -175,27 +161,6 @@ def gone(slurm: Slurm) -> bool:
             return True
         time.sleep(0.2)
     return False
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(400)
-def test_a_job_whose_node_dies_comes_back_and_goes_on(slurm: Slurm, tmp_path: Path) -> None:
-    words = ["-m", "pardemo.cluster", "run", "--folder", str(tmp_path), "--steps", "60"]
-    job = submit(slurm, tmp_path, *words, "--pause-s", "0.2")
-    until(tmp_path / f"slurm-{job}.out", "step 17 ")
-    slurm.lose_node("n2")
-    deadline = time.monotonic() + 180
-    while slurm.state(job)["Restarts"] == "0":
-        assert time.monotonic() < deadline, slurm.state(job)
-        time.sleep(0.5)
-    slurm.start_node("n2")
-    state = slurm.wait(job, 300)
-    output = (tmp_path / f"slurm-{job}.out").read_text()
-    assert state["JobState"] == "COMPLETED", output
-    (path,) = tmp_path.glob("record-*.json")
-    record = json.loads(path.read_text())
-    assert record["resumed_at_step"] >= 15
-    assert len(record["losses"]) == 60
 
 
 @pytest.mark.soak

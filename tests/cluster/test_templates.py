@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models as trainer_models
 
-from pardemo.cluster.templates import KINDS, Plan, template
+from pardemo.cluster.templates import FRESH_NUMBERS, KINDS, Plan, template
 from pardemo.parameters import Refused
 
 ROOT = Path(__file__).parents[2]
@@ -158,3 +159,16 @@ def test_the_command_prints_the_template() -> None:
 def test_every_kind_starts_the_program_that_was_given(kind: str) -> None:
     assert "train.py" in template(kind, Plan(program=("train.py",)))
     assert "pardemo" in template(kind, Plan())
+
+
+@pytest.mark.parametrize(("restarts", "passed"), [("", 0), ("0", 0), ("1", 2), ("2", 0), ("3", 2)])
+def test_a_requeued_job_lets_the_step_numbers_of_its_last_life_pass(
+    restarts: str, passed: int
+) -> None:
+    script = "set -euo pipefail\nsrun() { echo step; return 1; }\n" + FRESH_NUMBERS
+    given = {"SLURM_RESTART_COUNT": restarts} if restarts else {}
+    done = subprocess.run(
+        ["bash", "-s"], input=script, env={"PATH": os.environ["PATH"], **given},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.count("step"), done.stderr) == (0, passed, "")
