@@ -17,7 +17,11 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def main() -> None:
     holder, flags, folder, command = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:]
-    if libc.setns(os.pidfd_open(holder), ctypes.c_int(flags)):
+    try:
+        opened = os.pidfd_open(holder)
+    except ProcessLookupError:
+        sys.exit(f"the node of process {holder} is gone: make a new lab")
+    if libc.setns(opened, ctypes.c_int(flags)):
         sys.exit(f"cannot enter the node of process {holder}: {os.strerror(ctypes.get_errno())}")
     os.chdir(folder)
     child = os.fork()
