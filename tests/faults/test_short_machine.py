@@ -116,7 +116,7 @@ def test_a_path_with_spaces_quotes_and_other_letters(open_folder: Path) -> None:
 def test_a_user_who_is_not_root_and_has_no_home(open_folder: Path) -> None:
     """He can read Python and the package, and write to his folder only."""
     os.chown(open_folder, NOBODY, NOBODY)
-    done = run(open_folder, f"{reachable(open_folder)} HOME=/nowhere", user=NOBODY)
+    done = run(open_folder, f"{reachable(open_folder)} HOME=/nowhere TMPDIR=/tmp", user=NOBODY)
     assert done.stdout.endswith("it works\n"), done.stderr
 
 
