@@ -200,7 +200,8 @@ def _numbers(values: dict[str, Any], where: str) -> None:
     for key, value in values.items():
         good = isinstance(value, int | float) and not isinstance(value, bool)
         if not good or not 0 <= value <= sys.float_info.max:  # a number without end is neither
-            raise ProfileError(f"{where}: {key[:80]} must be a number >= 0, got {_shown(value)}")
+            name = key[:80] if key.isprintable() else _shown(key)
+            raise ProfileError(f"{where}: {name} must be a number >= 0, got {_shown(value)}")
 
 
 def _shown(value: object) -> str:

@@ -143,6 +143,7 @@ def test_profiles(tmp_path: Path, examples: int) -> None:
         examples, check, key=st.sampled_from(sorted(shipped)) | text, value=plain,
         inner=st.sampled_from(["", *rows]) | text, raw=st.binary(max_size=80),
     )  # fmt: skip
+    check("calibrated", None, "\n", b"")  # a name that is a line of its own
     for raw in (b"[" * 50_000, b'{"a":' * 50_000, b"\xff\xfe"):
         check("name", "x", "", raw)
 
