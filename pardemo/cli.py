@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # a full disk or a closed pipe is found here, not at the exit
             return code
     except KeyboardInterrupt as stop:
-        again = "; the same sweep goes on where it was" if verb == "bench" else ""
-        print(f"stopped{again}", file=sys.stderr)
+        more = "; the same sweep goes on where it was" * (verb == "bench")
+        print(f"stopped{more}", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except BrokenPipeError:  # `pardemo records | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -84,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explain(error: Exception) -> tuple[str, int]:
     """What to print of an error, and the exit code: 2 for what the user gave, 1 for the rest.
 
-    One line, except for a failed rank, whose own traceback is the answer.
-    """
+    One line, except for a failed rank, whose own traceback is the answer."""
     if isinstance(error, RankFailed):
         return str(error), 1
-    text = " ".join(str(error).split("\nException raised from", 1)[0].split())
+    told = str(error).encode(errors="backslashreplace").decode()
+    text = " ".join(told.split("\nException raised from", 1)[0].split())
     kind = type(error).__name__
     if isinstance(error, RecursionError):
         text, code = "the input is nested too deeply; make it flatter", 2

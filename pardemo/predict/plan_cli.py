@@ -48,7 +48,7 @@ def parse_model(text: str) -> Transformer:
         key, _, value = word.partition("=")
         if key not in (*SIZES, "gated", "tied"):
             known = ", ".join((*SIZES, "gated", "tied"))
-            raise ValueError(f"--model: unknown size {key!r}; known: {known}")
+            raise ValueError(f"--model: unknown size {key[:80]!r}; known: {known}")
         if not _whole(value):
             raise ValueError(f"--model: {key} must be a whole number, got {value[:40]!r}")
         if key in sizes:

@@ -192,6 +192,7 @@ def test_user_model_paths_and_names(examples: int) -> None:
         answers(ValueError, lambda: reach.parse(path.encode("ascii", "ignore").decode()))
 
     explore(examples, check, path=paths | text)
+    check("9" * 5000)
 
 
 @often
@@ -273,6 +274,7 @@ def test_command_lines(
     line = st.lists(st.sampled_from(WORDS) | text, max_size=6)
     begun = st.builds(lambda verb, rest: [verb, *rest], st.sampled_from(VERBS), line)
     explore(examples, check, words=begun | line)
+    check(["bench", "bench", "--export", "\ud800"])  # half a character
 
 
 def _nothing(*_: object, **__: object) -> Any:
