@@ -252,7 +252,7 @@ def test_command_lines(
     monkeypatch.setattr(notebooks, "refresh", lambda *_, **__: 0.0)
     monkeypatch.setattr(lab.subprocess, "Popen", _nothing)
     monkeypatch.setattr(train, "run", lambda job: job.check())
-    monkeypatch.setattr(node_room, "Nodes", _nothing)
+    monkeypatch.setattr(node_room.Nodes, "__init__", _nothing)
     monkeypatch.setattr(holding, "load", lambda: None)
     monkeypatch.setattr(reach, "examine", lambda *_: iter(()))
 
