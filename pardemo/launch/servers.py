@@ -31,9 +31,11 @@ from pardemo.launch import rank as rank_module
 
 _FDS_PER_RANK = 4  # a socket and three pipes
 _ZYGOTE = "pardemo.launch.zygote"
+# nothing is imported from the learner's folder: a random.py there would stand in for Python's; and
 # it must not outlive its kernel while it imports torch, when it does not look at its socket yet
 _BOOT = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "  # PR_SET_PDEATHSIG, SIGKILL
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "import ctypes, os; ctypes.CDLL(None).prctl(1, 9); "  # PR_SET_PDEATHSIG, SIGKILL
     "os.getppid() == int(sys.argv[-1]) or os._exit(1); "
     f"from {_ZYGOTE} import main; main()"
 )

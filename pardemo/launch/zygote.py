@@ -114,7 +114,7 @@ class ForkServer:
                 raise OSError("too many open files (ulimit -n)")
             threads = len(os.listdir("/proc/self/task"))
             if threads != 1 or torch.cuda.is_initialized():
-                raise OSError(f"it has {threads} threads: forking is not safe")
+                raise OSError(f"it has {threads} threads: not safe; start='spawn' does without it")
             self._start(group, rank, fds)
         except OSError as error:
             hint = " (too many processes: ulimit -u)" if error.errno == errno.EAGAIN else ""
@@ -191,12 +191,21 @@ def _reply(group: Group, **message: Any) -> None:
         group.sock.send(json.dumps(message).encode())
 
 
+def _preload() -> None:
+    """Import what ranks may use. What cannot be imported is said, and left to who needs it."""
+    for name in _PRELOADED:
+        try:
+            importlib.import_module(name)
+        except (Exception, SystemExit) as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"note: {name} is not loaded in advance for ranks: {said}", file=sys.stderr)
+
+
 def main() -> None:
     """Serve the kernel at the other end of a socket; `sys.argv` ends with it and the kernel."""
     fd, kernel_pid = map(int, sys.argv[-2:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in _PRELOADED:
-        importlib.import_module(name)
+    _preload()
     server = ForkServer(socket.socket(fileno=fd), kernel_pid)
     gc.freeze()
     try:

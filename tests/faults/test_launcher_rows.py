@@ -237,6 +237,31 @@ def test_row_12_a_fork_server_that_cannot_fork_says_why(tmp_path: Path) -> None:
         assert "ulimit -u" in program.out
 
 
+def test_what_cannot_be_loaded_in_advance_is_said_and_done_without(tmp_path: Path) -> None:
+    """A part of torch that does not import here; a learner's file named as one of Python's."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'pardemo.launch.zygote' in sys.orig_argv:\n"
+        "    sys.modules['torch.distributed.pipelining'] = None\n"
+    )
+    script = """
+    import os, tempfile
+    import torch.distributed as dist
+    from pardemo import launch
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        open("random.py", "w").write("raise RuntimeError('not this one')")
+        print(list(launch(dist.get_rank, nprocs=2)))
+    """
+    with nothing_left(tmp_path):
+        path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+        program = Program(tmp_path, script, PYTHONPATH=path)
+        assert program.end(150) == 0, program.err
+        assert program.out == "[0, 1]\n"
+        (said,) = program.err.splitlines()
+        assert said.startswith("note: torch.distributed.pipelining is not loaded in advance")
+
+
 NEEDS_UNSHARE = pytest.mark.skipif(
     shutil.which("unshare") is None or os.geteuid() != 0,
     reason="needs root and unshare: it mounts, and sets a host name, in a namespace of its own",
