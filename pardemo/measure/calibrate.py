@@ -69,7 +69,7 @@ def calibrate(
         worlds = list(world_sizes or [n for n in (2, 4, 8, 16) if n <= total] or [total])
         cases = _cases(worlds, sizes, kinds) if total > 1 else _cases([], sizes, kinds)
         how: dict[str, Any] = {"rounds": rounds, "max_rounds": 2 * rounds, "progress": progress}
-        found = compare(cases, ranks=ranks, budget_s=budget_s, warmup=3, **how)
+        found = compare(cases, ranks=ranks, budget_s=budget_s, warmup=3, sample_s=0, **how)
         overlap = {"hidden_share": 0.0, "slowdown": 1.0}
         if total > 1:
             case = Case(ddp, ranks=min(total, max(2, here.devices)))

@@ -71,7 +71,10 @@ def sweep(
     pipelined: Iterable[int] = (1,),
     **how: Any,
 ) -> list[Measured]:
-    """Measure every combination in interleaved rounds; `how` goes to compare()."""
+    """Measure every combination in interleaved rounds; `how` goes to compare().
+
+    The ranks begin every operation together: it is a sample by itself, however short.
+    """
     plans = [
         (kind, size, dtype, ranks, depth)
         for kind in kinds
@@ -81,7 +84,7 @@ def sweep(
         for depth in pipelined
     ]
     cases = {str(p): collective(*p) for p in plans}
-    found: Comparison = compare(cases, **how)
+    found: Comparison = compare(cases, sample_s=0, **how)
     return [Measured(k, n, s, d, p, found[str((k, s, d, n, p))]) for k, s, d, n, p in plans]
 
 

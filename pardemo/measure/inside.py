@@ -71,8 +71,16 @@ _sessions: dict[str, _Session] = {}
 
 
 @dataclass(frozen=True)
+class Taking:
+    """How many samples of a variant to take in a round, and how many steps in a row are one."""
+
+    samples: int
+    steps: int = 1
+
+
+@dataclass(frozen=True)
 class Raw:
-    """One rank's iterations of one variant: lists of equal length."""
+    """One rank's samples of one variant: lists of equal length; all but the start per step."""
 
     start_s: list[float] = field(default_factory=list)
     wall_s: list[float] = field(default_factory=list)
@@ -111,9 +119,9 @@ def prepare(session: str, cases: dict[str, Case], warmup: int, pin: bool) -> dic
 
 
 def run_round(
-    session: str, order: list[str], iterations: dict[str, int], warmup: int
+    session: str, order: list[str], plans: dict[str, Taking], warmup: int
 ) -> dict[str, Taken]:
-    """Run the variants in this order; for each, `warmup` flagged iterations and the timed ones."""
+    """Run the variants in this order; for each, `warmup` flagged steps and the timed samples."""
     state = _sessions[session]
     taken: dict[str, Taken] = {}
     for name in order:
@@ -121,7 +129,8 @@ def run_round(
         if entry.step is not None:
             _settle(entry)
             before, used = look(state.all_cores), own_cpu_s()
-            warm, timed = _iterate(entry, warmup), _iterate(entry, iterations[name])
+            warm, plan = _iterate(entry, warmup), plans[name]
+            timed = _iterate(entry, plan.samples, plan.steps)
             spent = Spent(own_cpu_s() - used, before, look(state.all_cores), host())
             taken[name] = Taken(warm, timed, spent)
         _wait_for_all()  # ranks that sat out slept here: gloo waits without spinning
@@ -141,38 +150,40 @@ def finish(session: str) -> None:
         _set_affinity(thread, state.cores.get(thread, rest))
 
 
-def _iterate(entry: _Prepared, count: int) -> Raw:
-    """`count` samples: barrier, clock, step, clock. Nothing is gathered or synchronised inside."""
+def _iterate(entry: _Prepared, count: int, steps: int = 1) -> Raw:
+    """`count` samples: barrier, clock, steps, clock. Nothing is gathered or synchronised inside."""
     raw, step, gate, queue = Raw(), entry.step, entry.gate, Queue()
     assert step is not None
     timed = _timed_cuda if torch.cuda.is_available() else _timed
     for _ in range(count):
         gate.wait()
         before = queue.read()
-        start, wall = timed(step)
+        start, wall = timed(step, steps)
         waited, switches, used = (b - a for a, b in zip(before, queue.read(), strict=True))
         raw.start_s.append(start)
-        raw.wall_s.append(wall)
-        raw.waited_s.append(waited / 1e9)
-        raw.worked_s.append(used / 1e9)
+        raw.wall_s.append(wall / steps)
+        raw.waited_s.append(waited / steps / 1e9)
+        raw.worked_s.append(used / steps / 1e9)
         raw.switches.append(switches)
     queue.close()
     return raw
 
 
-def _timed(step: Step) -> tuple[float, float]:
+def _timed(step: Step, steps: int) -> tuple[float, float]:
     start = time.perf_counter()
-    step()
+    for _ in range(steps):
+        step()
     return start, time.perf_counter() - start
 
 
-def _timed_cuda(step: Step) -> tuple[float, float]:
+def _timed_cuda(step: Step, steps: int) -> tuple[float, float]:
     """Events on the current stream, so that the launch of the kernels is not taken for the work."""
     torch.cuda.synchronize()
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start = time.perf_counter()
     first.record()
-    step()
+    for _ in range(steps):
+        step()
     last.record()
     torch.cuda.synchronize()
     return start, first.elapsed_time(last) / 1e3

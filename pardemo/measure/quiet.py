@@ -9,6 +9,7 @@ DDP's reducer, in C++, wants its result back from the backend: `hush` gives it a
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,12 +42,18 @@ def _silence(group: Any) -> Callable[[], None]:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind)
     real = group._get_backend(device)
-    fake = FakeProcessGroup._create_internal(group.rank(), group.size())
+    fake = _fake(group.rank(), group.size())
     known = {"gloo": _TYPES.GLOO, "nccl": _TYPES.NCCL}
     if real.name() not in known:
         raise RuntimeError(f"quiet() can silence gloo and nccl, not {real.name()!r}")
     group._register_backend(device, _TYPES.CUSTOM, fake)
     return lambda: group._register_backend(device, known[real.name()], real)
+
+
+@functools.cache
+def _fake(rank: int, size: int) -> Any:
+    """One for all groups of this size: it keeps nothing."""
+    return FakeProcessGroup._create_internal(rank, size)
 
 
 def hush(module: DistributedDataParallel) -> None:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,12 @@ from pardemo.launch import Ranks
 from pardemo.machine import Machine, machine
 from pardemo.measure import inside
 from pardemo.measure.evidence import NO_TOLL, Toll, pooled
-from pardemo.measure.inside import Case, Raw, Taken
+from pardemo.measure.inside import Case, Raw, Taken, Taking
 from pardemo.measure.samples import Block, Phase, Samples
 from pardemo.measure.timing import Ratio, Timing, milliseconds
+
+SAMPLE_S = 0.025  # what stands between two samples, about 0.1 ms, is 0.4 % of this
+MOST_STEPS = 50
 
 Progress = Callable[[int, int, str], None]  # (rounds done, rounds at most, what happened)
 
@@ -67,6 +71,7 @@ def compare(
     budget_s: float = 60.0,
     within: float = 0.05,
     iterations: int | None = None,
+    sample_s: float = SAMPLE_S,
     warmup: int = 5,
     seed: int = 0,
     pin: bool = True,
@@ -74,16 +79,20 @@ def compare(
 ) -> Comparison:
     """Time the steps of several cases so that they may be compared.
 
-    Every case is built and warmed up once (`warmup` flagged iterations). Then rounds follow; in
-    each, every case runs once, in shuffled order, after two flagged iterations. `iterations` per
-    round is chosen (0.2 s of work, 3 to 50) unless given. At least `rounds` rounds run; more, up
-    to `max_rounds`, until every interval lies within `within` of its median or `budget_s` seconds
-    are spent. Each rank is pinned to its own core(s) where there are enough.
+    Every case is built and warmed up once (`warmup` flagged steps). Then rounds follow; in each,
+    every case runs once, in shuffled order, after two flagged steps. A sample is one step, or as
+    many in a row as last `sample_s` seconds (0: always one), so that what stands between two
+    samples costs a short step no more than a long one. Samples per round are chosen (0.2 s of
+    work, 3 to 50) unless `iterations` says how many single steps to take. At least `rounds` rounds
+    run; more, up to `max_rounds`, until every interval lies within `within` of its median or
+    `budget_s` seconds are spent. Each rank is pinned to its own core(s) where there are enough.
     """
     if not cases:
         raise ValueError("nothing to compare: pass at least one case")
     if rounds < 1 or max_rounds < rounds:
         raise ValueError(f"rounds={rounds} to max_rounds={max_rounds} is not a range of rounds")
+    if iterations is not None and iterations < 1:
+        raise ValueError(f"iterations={iterations}: at least 1 is needed")
     size = max(case.ranks for case in cases.values())
     plan = _Plan(rounds, max_rounds, within, budget_s)
     with contextlib.ExitStack() as stack:
@@ -93,7 +102,8 @@ def compare(
             raise ValueError(f"a case wants {size} ranks, the group has {ranks.setup.nprocs}")
         session = uuid.uuid4().hex
         stack.callback(_finish, ranks, session)
-        return _run(dict(cases), ranks, plan, session, iterations, warmup, seed, pin, progress)
+        choose = partial(_choose, cases, plan, iterations, sample_s)
+        return _run(dict(cases), ranks, plan, session, choose, warmup, seed, pin, progress)
 
 
 def _finish(ranks: Ranks, session: str) -> None:
@@ -108,7 +118,7 @@ def _run(
     ranks: Ranks,
     plan: _Plan,
     session: str,
-    iterations: int | None,
+    choose: Callable[[Sequence[Block]], dict[str, Taking]],
     warmup: int,
     seed: int,
     pin: bool,
@@ -118,19 +128,20 @@ def _run(
     here, clock = machine(), time.perf_counter()
     warm = list(ranks(inside.prepare, session, cases, warmup, pin))
     blocks = [_block(name, -1, 0, "warmup", _of(warm, name)) for name in cases if warmup]
-    counts = _iterations(cases, blocks, plan, iterations)
+    plans = choose(blocks)
     shuffler = random.Random(seed)
     done, stopped = 0, ""
     timings: dict[str, Timing] = {}
     while not stopped:
         order = shuffler.sample(list(cases), len(cases))
-        taken = list(ranks(inside.run_round, session, order, counts, min(2, warmup)))
+        taken = list(ranks(inside.run_round, session, order, plans, min(2, warmup)))
         for place, name in enumerate(order):
             found: list[Taken] = _of(taken, name)
             if warmup:
                 blocks.append(_block(name, done, place, "warmup", [t.warmup for t in found]))
             toll = pooled([t.spent for t in found])
-            blocks.append(_block(name, done, place, "measure", [t.timed for t in found], toll))
+            timed, steps = [t.timed for t in found], plans[name].steps
+            blocks.append(_block(name, done, place, "measure", timed, toll, steps))
         done += 1
         samples = Samples(tuple(blocks))
         timings = _summaries(cases, samples, here, session)
@@ -146,30 +157,38 @@ def _of(per_rank: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
 
 
 def _block(
-    name: str, number: int, place: int, phase: Phase, raws: Sequence[Raw], toll: Toll = NO_TOLL
-) -> Block:
+    name: str, number: int, place: int, phase: Phase, raws: Sequence[Raw],
+    toll: Toll = NO_TOLL, steps: int = 1,
+) -> Block:  # fmt: skip
     columns = ("start_s", "wall_s", "waited_s", "worked_s", "switches")
     start, wall, waited, worked, switches = (
         np.array([getattr(raw, column) for raw in raws]) for column in columns
     )
-    return Block(name, number, place, phase, start, wall, waited, worked, switches, toll)
+    return Block(name, number, place, phase, start, wall, waited, worked, switches, toll, steps)
 
 
-def _iterations(
-    cases: Mapping[str, Case], warm: Sequence[Block], plan: _Plan, wanted: int | None
-) -> dict[str, int]:
-    """Iterations per round: 0.2 s of work, 3 to 50, fewer where the budget would not hold them."""
+def taking(step_s: float, share_s: float = math.inf, sample_s: float = SAMPLE_S) -> Taking:
+    """Samples of a round and steps of a sample, for steps that take `step_s` seconds.
+
+    0.2 s of work in 3 to 50 samples, fewer where `share_s`, a round's seconds, would not hold them.
+    """
+    step_s = max(step_s, 1e-6)
+    steps = max(1, min(MOST_STEPS, math.ceil(sample_s / step_s), int(min(share_s, 1.0) / step_s)))
+    each = steps * step_s
+    wanted = min(50, max(3, math.ceil(0.2 / each)))
+    return Taking(max(1, int(min(wanted, share_s / each))), steps)
+
+
+def _choose(
+    cases: Mapping[str, Case], plan: _Plan, wanted: int | None, sample_s: float,
+    warm: Sequence[Block],
+) -> dict[str, Taking]:  # fmt: skip
+    """What to take of every case in a round, from the steps of the warm-up."""
     if wanted is not None:
-        if wanted < 1:
-            raise ValueError(f"iterations={wanted}: at least 1 is needed")
-        return dict.fromkeys(cases, wanted)
+        return dict.fromkeys(cases, Taking(wanted))
     expected = {block.variant: float(np.median(block.step_s)) for block in warm}
     share = plan.budget_s / plan.rounds / len(cases)
-    counts = {}
-    for name in cases:
-        step = expected.get(name, 0.02)
-        counts[name] = max(1, min(50, max(3, math.ceil(0.2 / step)), int(share / step)))
-    return counts
+    return {name: taking(expected.get(name, 0.02), share, sample_s) for name in cases}
 
 
 def _summaries(
@@ -188,6 +207,7 @@ def _summaries(
             taken=toll.taken(wanted, here.cores),
             label=case.label or name,
             session=session,
+            steps=samples.of(name)[0].steps,
         )
     return timings
 

@@ -16,9 +16,10 @@ Phase = Literal["warmup", "measure"]
 
 @dataclass(frozen=True)
 class Block:
-    """The iterations of one variant in one round: arrays of shape (ranks, iterations).
+    """The samples of one variant in one round: arrays of shape (ranks, samples).
 
-    Times in seconds; `start_s` on the host's monotonic clock, which ranks of one host share.
+    A sample is `steps` steps in a row, its times are seconds per step; `switches` is of the whole
+    sample, `start_s` its beginning on the host's monotonic clock, which ranks of one host share.
     `round` is -1 for the first warm-up; `order` is the variant's place in its round. `waited_s` is
     time in the run queue (ready, but no core), `worked_s` CPU time of the rank's main thread,
     `toll` what ran on the cores meanwhile (warm-up included).
@@ -34,10 +35,11 @@ class Block:
     worked_s: NDArray[np.float64]
     switches: NDArray[np.int64]
     toll: Toll = NO_TOLL
+    steps: int = 1
 
     @property
     def step_s(self) -> NDArray[np.float64]:
-        """The step's time: the maximum over ranks, per iteration."""
+        """The step's time: the maximum over ranks, per sample."""
         return self.wall_s.max(axis=0)
 
     @property
@@ -69,7 +71,7 @@ class Samples:
         return [block.step_s for block in self.of(variant)]
 
     def skew(self, variant: str) -> float:
-        """Median over iterations of (slowest - fastest rank) / slowest."""
+        """Median over samples of (slowest - fastest rank) / slowest."""
         parts = [1 - b.wall_s.min(axis=0) / b.wall_s.max(axis=0) for b in self.of(variant)]
         return float(np.median(np.concatenate(parts)))
 
@@ -83,7 +85,7 @@ class Samples:
         return sum((block.toll for block in self.of(variant)), NO_TOLL)
 
     def rows(self) -> Iterable[dict[str, Any]]:
-        """One dict per rank and iteration: the raw record."""
+        """One dict per rank and sample: the raw record. `iteration` counts samples of a round."""
         for b in self.blocks:
             for rank, iteration in np.ndindex(*b.wall_s.shape):
                 yield {
@@ -98,6 +100,7 @@ class Samples:
                     "waited_s": float(b.waited_s[rank, iteration]),
                     "worked_s": float(b.worked_s[rank, iteration]),
                     "switches": int(b.switches[rank, iteration]),
+                    "steps": b.steps,
                 }
 
     def frame(self) -> Any:
@@ -111,5 +114,5 @@ class Samples:
         warm = sum(b.wall_s.size for b in self.blocks) - measured
         return (
             f"{measured} samples of {len(self.variants)} variants, and {warm} of warm-up, "
-            f"one per rank and iteration"
+            f"one per rank and sample"
         )

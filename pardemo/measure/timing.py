@@ -94,7 +94,8 @@ class Ratio:
 class Timing:
     """The time of one step: pooled median, 95 % interval over rounds, spread, and its standing.
 
-    `iterations` is per round; `samples` keeps every round's times in seconds (maximum over ranks).
+    `iterations` is samples per round, each of `steps` steps in a row; `samples` keeps every round's
+    seconds per step (maximum over ranks).
     Two timings with the same non-empty `session` were interleaved and are compared round by round.
     `taken` is the share of the needed core time that others had (None: not known).
     """
@@ -114,6 +115,7 @@ class Timing:
     label: str = ""
     session: str = field(default="", repr=False)
     taken: float | None = field(default=None, repr=False)
+    steps: int = 1
     samples: tuple[tuple[float, ...], ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
@@ -128,6 +130,7 @@ class Timing:
         taken: float | None = None,
         label: str = "",
         session: str = "",
+        steps: int = 1,
     ) -> Timing:
         """Summarise rounds of times in seconds.
 
@@ -156,6 +159,7 @@ class Timing:
             label=label,
             session=session,
             taken=taken,
+            steps=steps,
             samples=tuple(tuple(map(float, a)) for a in arrays),
         )
 
@@ -191,10 +195,11 @@ class Timing:
         sure = f"95 % interval {self.lo_s * 1e3:.3g}-{self.hi_s * 1e3:.3g}"
         if not math.isfinite(self.hi_s):
             sure = "no interval"
+        of = f" samples of {self.steps} steps" if self.steps > 1 else ""
         text = (
             f"{name}{milliseconds(self.median_s)} ({sure}, p10-p90 {self.p10_s * 1e3:.3g}-"
             f"{self.p90_s * 1e3:.3g}, {self.rounds} round{'s' if self.rounds > 1 else ''} x "
-            f"{self.iterations}, {self.ranks} rank{'s' if self.ranks > 1 else ''} x {threads})"
+            f"{self.iterations}{of}, {self.ranks} rank{'s' if self.ranks > 1 else ''} x {threads})"
         )
         if self.status != "ok":
             text += f" {self.status.upper()}"

@@ -2,7 +2,7 @@
 
 runs     one row per run: name, parameters, environment (once), status, process that made it
 cases    one row per finished case: PRIMARY KEY (run, name, repeat), its values as JSON
-samples  raw times of a case, one row per iteration: round, position in the round, iteration, phase
+samples  raw times of a case, one row per sample: round, position in the round, iteration, phase
 
 `PRAGMA user_version` is the schema's version. Each row of runs and cases carries a sha256 of its
 own content (a case's covers its samples), because SQLite does not notice flipped payload bytes.

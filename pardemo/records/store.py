@@ -27,7 +27,7 @@ RUN_COLUMNS = "id, name, status, started, ended, pid, pid_started, machine, para
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed iteration: rank-maximum seconds, where in which round it was taken."""
+    """One sample: rank-maximum seconds per step, where in which round it was taken."""
 
     round: int
     position: int

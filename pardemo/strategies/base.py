@@ -246,6 +246,8 @@ def microbatches(batch: Any, place: Axis, count: int = 1) -> list[tuple[Any, flo
             f"some rank: too few for {count} microbatch{'es' if count > 1 else ''}"
         )
     mine, share = take_shard(batch, place.rank, place.size)
+    if count == 1:
+        return [(mine, share)]
     parts = [take_shard(mine, i, count) for i in range(count)]
     return [(part, share * weight) for part, weight in parts]
 

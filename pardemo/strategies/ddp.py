@@ -38,6 +38,7 @@ class DDP(base.Step):
         sync_first: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(model, optimizer)
+        self.parameters = tuple(plain.parameters())
         self.loss, self.place, self.device, self.plain = loss, place, device, plain
         self.accumulate, self.clip_grad, self.autocast = accumulate, clip_grad, autocast
         self.sync_first = sync_first
@@ -53,7 +54,7 @@ class DDP(base.Step):
             with ddp_wrap.sending(self.model, last or self.sync_first):
                 total = total + self.forward_backward(part, weight * self.place.size)
         self.sync_first = False
-        ddp_wrap.refuse_unused(self.model)
+        ddp_wrap.refuse_unused(self.model, self.parameters)
         base.clip_gradients(self.model.parameters(), self.clip_grad)
         self.optimizer.step()
         return base.reduce_mean(total, self.place.group)  # moves one number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -46,18 +47,20 @@ def sending(model: nn.Module, yes: bool) -> contextlib.AbstractContextManager[No
     return model.no_sync()
 
 
-def refuse_unused(model: nn.Module) -> None:
+def refuse_unused(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """After a backward pass that sent: raise StrategyError when a parameter got no gradient.
 
     DDP then waits with that parameter's bucket, whose other gradients stay this rank's own, and
-    says so only in the next forward.
+    says so only in the next forward. `parameters` are all of the model's, listed once: to walk its
+    modules in every step takes longer than to look at the gradients.
     """
     if not isinstance(model, DistributedDataParallel):
         return
     if model.find_unused_parameters or model.static_graph:
         return
-    lost = [n for n, p in model.module.named_parameters() if p.requires_grad and p.grad is None]
-    if lost:
+    if any(p.grad is None and p.requires_grad for p in parameters):
+        named = model.module.named_parameters()
+        lost = [name for name, p in named if p.requires_grad and p.grad is None]
         few = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
         raise base.StrategyError(
             f"{few} took no part in the loss, and DDP waits for every gradient: pass "

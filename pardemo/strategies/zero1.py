@@ -33,6 +33,7 @@ class Zero1(base.Step):
         clip_grad: float | None,
     ) -> None:  # fmt: skip
         super().__init__(model, optimizer)
+        self.parameters = tuple(plain.parameters())
         self.loss, self.place, self.device, self.plain = loss, place, device, plain
         self.accumulate, self.clip_grad = accumulate, clip_grad
 
@@ -48,7 +49,7 @@ class Zero1(base.Step):
                 value = self.loss(base.call(self.model, inputs), targets) * weight
                 (value * self.place.size).backward()  # DDP divides the sum by the number of ranks
             total = total + value.detach()
-        ddp_wrap.refuse_unused(self.model)
+        ddp_wrap.refuse_unused(self.model, self.parameters)
         base.clip_gradients(self.model.parameters(), self.clip_grad)
         self.optimizer.step()  # moves P b: every rank broadcasts the tensors it updated
         return base.reduce_sum(total, self.place.group)

@@ -24,14 +24,15 @@ def record(
             for name, values in rows:
                 timed = name in found.timings
                 samples = _samples(found, name) if timed else []
-                run.add(name, values, samples, status="done" if timed else "not timed")
+                steps = {"steps_per_sample": found[name].steps} if timed else {}
+                run.add(name, {**values, **steps}, samples, status="done" if timed else "not timed")
         return run.id
     finally:
         store.close()
 
 
 def _samples(found: Comparison, name: str) -> list[records.Sample]:
-    """Every step of one variant, warm-up flagged, the slowest rank's time."""
+    """Every sample of one variant, warm-up flagged: the slowest rank's seconds per step."""
     return [
         records.Sample(block.round, block.order, iteration, float(seconds), block.phase)
         for phase in ("warmup", "measure")

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pardemo.measure import Case, compare, inside
+from pardemo.measure.rounds import taking
 
 
 def spin(mesh):
@@ -138,6 +139,28 @@ def test_a_mesh_may_have_several_axes_and_must_fit_its_ranks(ranks2):
     assert result["grid"].ranks == 2
     with pytest.raises(ValueError, match="has 2 ranks, but ranks=3"):
         Case(make, ranks=3, mesh={"dp": 2})
+
+
+def test_a_short_step_is_timed_several_in_a_row_and_the_line_says_so(ranks2):
+    case = {"short": Case(spin, ranks=2)}
+    found = compare(case, ranks=ranks2, rounds=1, max_rounds=1, budget_s=1)
+    steps = found["short"].steps
+    assert steps > 1
+    assert f" samples of {steps} steps, 2 ranks" in repr(found["short"])
+    block = found.samples.of("short")[0]
+    lasted = block.wall_s * block.steps
+    assert (block.start_s[:, 1:] >= block.start_s[:, :-1] + lasted[:, :-1]).all()
+    alone = compare(case, ranks=ranks2, rounds=1, max_rounds=1, budget_s=1, sample_s=0)
+    assert alone["short"].steps == 1
+
+
+def test_what_is_taken_depends_on_how_long_a_step_is():
+    assert taking(0.009) == inside.Taking(8, 3)  # 27 ms a sample
+    assert taking(0.1) == inside.Taking(3, 1)
+    assert taking(2.0, share_s=3.0) == inside.Taking(1, 1)
+    assert taking(0.009, share_s=0.02) == inside.Taking(1, 2)
+    assert taking(0.009, sample_s=0) == inside.Taking(23, 1)
+    assert taking(0.0).steps == 50  # a clock that did not move
 
 
 def test_bad_requests_are_refused_before_anything_runs(ranks2):

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from pardemo.launch import launch
 from pardemo.measure import Case, inside
 from pardemo.measure.anatomy import _silenced
+from pardemo.measure.rounds import taking
 from pardemo.suite.inside import Maker
 from pardemo.workloads import Workload, sgd
 
@@ -57,24 +58,34 @@ def measure(rounds: int) -> dict[str, list[float]]:
     """On every rank: the median or mean seconds of a step per round, of both harnesses."""
     torch.set_num_threads(1)
     steps = bare_ddp.steps(dist.get_rank(), 2)
-    inside.prepare("beside", cases(), bare_ddp.WARM, True)
+    plans = chosen(inside.prepare("beside", cases(), bare_ddp.WARM, True))
     order = random.Random(0)
     both = [(who, name) for who in ("pardemo", "bare") for name in NAMES]
     found: dict[str, list[float]] = {f"{who} {name}": [] for who, name in both}
-    counts = dict.fromkeys(NAMES, bare_ddp.STEPS)
     for _ in range(rounds):
         for who, name in order.sample(both, len(both)):
             dist.barrier()
             if who == "bare":
                 took = bare_ddp.block(steps, name, dist.get_rank())
             else:
-                taken = inside.run_round("beside", [name], counts, bare_ddp.WARM).get(name)
+                taken = inside.run_round("beside", [name], plans, bare_ddp.WARM).get(name)
                 took = float(np.median(taken.timed.wall_s)) if taken else 0.0
             slowest = torch.tensor(took, dtype=torch.float64)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
             found[f"{who} {name}"].append(float(slowest))
     inside.finish("beside")
     return found
+
+
+def chosen(warm: dict[str, inside.Raw]) -> dict[str, inside.Taking]:
+    """As many steps of each as in a bare block, in samples as compare() takes them."""
+    plans = {}
+    for name in NAMES:
+        slowest = torch.tensor(max(warm[name].wall_s) if name in warm else 0.0)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        steps = taking(float(slowest)).steps
+        plans[name] = inside.Taking(-(-bare_ddp.STEPS // steps), steps)
+    return plans
 
 
 def main(rounds: int) -> int:
