@@ -15,8 +15,10 @@ import selectors
 import signal
 import socket
 import struct
+import sys
 import termios
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from typing import Any
 from pardemo.launch import family, servers, watch, wire
 
 _CHUNK_BYTES = 1 << 18
+_STRAYS_S = 2.0  # for what ranks have left to be found and ended
 _NO_SERVER = (
     "the process that forks ranks was ended from outside, and all ranks with it; "
     "the next launch starts another"
@@ -49,6 +52,7 @@ class Group:
 
     def __init__(self, nprocs: int, start: str | Callable[[int], servers.Started]) -> None:
         self.nprocs, self.owner = nprocs, os.getpid()
+        self.mark, self.spawned = uuid.uuid4().hex, start == "spawn"
         if callable(start):
             self.started = start(nprocs)
         else:
@@ -126,6 +130,12 @@ class Group:
             if rank not in self.dead:
                 family.kill(pid)
 
+    def _end_strays(self) -> None:
+        """What the ranks have left, where no fork server is there to adopt it."""
+        if sys.platform == "linux":
+            pipes = [fd for end in self.started.ends for fd in (end.out, end.err, end.stacks)]
+            family.end_strays(self.mark, pipes, _STRAYS_S)
+
     def _pump(self) -> None:
         """Read until every rank is gone and the group is being closed."""
         selector = selectors.DefaultSelector()
@@ -165,7 +175,8 @@ class Group:
             elif what == "closed":  # the fork server is gone, and its ranks with it
                 if not self.closing:
                     self.events.put(Event(-1, "error", _NO_SERVER))
-                self._kill_known()
+                    self._kill_known()
+                    self._end_strays()
                 for missing in set(range(self.nprocs)) - set(self.dead):
                     self.dead[missing] = -signal.SIGKILL
                     self.events.put(Event(missing, "exited", -signal.SIGKILL))
@@ -206,6 +217,8 @@ class Group:
 
     def _close(self) -> None:
         self.started.release()
+        if self.spawned:
+            self._end_strays()
         for end in self.started.ends:
             end.close()
         os.close(self._wake_r)

@@ -254,15 +254,18 @@ def spawn(nprocs: int) -> Started:
             family.kill(process.pid)
 
     def release() -> None:
-        for process in processes:
+        for process, end in zip(processes, watched, strict=True):
             process.join()
+            if end != process.sentinel:
+                os.close(end)
             process.close()
         shutil.rmtree(folder, ignore_errors=True)
 
-    sentinels: dict[int, Reading] = {
-        p.sentinel: functools.partial(died, i) for i, p in enumerate(processes)
+    watched = [family.death_of(process) for process in processes]
+    readings: dict[int, Reading] = {
+        fd: functools.partial(died, rank) for rank, fd in enumerate(watched)
     }
-    return Started(ends, sentinels, stop, release, {i: p.pid for i, p in enumerate(processes)})
+    return Started(ends, readings, stop, release, {i: p.pid for i, p in enumerate(processes)})
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pardemo.launch import inside, pickling, rendezvous, servers, watch
+from pardemo.launch import family, inside, pickling, rendezvous, servers, watch
 from pardemo.launch.failure import Outcome, RankFailed
 from pardemo.launch.follow import Follow
 from pardemo.launch.group import Group
@@ -69,7 +69,7 @@ class Session:
             self._group.send(
                 rank,
                 "setup",
-                environ={**os.environ, **own, **setup.env},
+                environ={**os.environ, **own, **setup.env, family.MARK: self._group.mark},
                 cwd=os.getcwd(),
                 path=list(sys.path),
                 argv=list(sys.argv),

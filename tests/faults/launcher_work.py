@@ -91,19 +91,32 @@ def drags() -> None:
         total()
 
 
+def start_daemon(folder: str, program: bool = False) -> None:
+    """Start a process that leaves its session and its parent; it notes its number in `folder`.
+
+    As another program it has nothing of this one's but its environment.
+    """
+    before = len(list(Path(folder).glob("daemon-*")))
+    middle = os.fork()
+    if middle == 0:
+        os.setsid()
+        if os.fork() == 0:
+            Path(folder, f"daemon-{os.getpid()}").touch()
+            if program:
+                os.closerange(0, 1000)
+                os.execvp("sleep", ["sleep", "600"])
+            time.sleep(600)
+        os._exit(0)
+    os.waitpid(middle, 0)
+    while len(list(Path(folder).glob("daemon-*"))) == before:
+        time.sleep(0.01)
+
+
 def leaves_a_daemon(folder: str, how: str) -> None:
-    """Rank 1 starts a process that leaves its session and its parent, and ends as `how` says."""
+    """Rank 1 leaves two daemons, and ends as `how` says."""
     if dist.get_rank() == 1:
-        middle = os.fork()
-        if middle == 0:
-            os.setsid()
-            if os.fork() == 0:
-                Path(folder, f"daemon-{os.getpid()}").touch()
-                time.sleep(600)
-            os._exit(0)
-        os.waitpid(middle, 0)
-        while not list(Path(folder).glob("daemon-*")):
-            time.sleep(0.01)
+        for program in (False, True):
+            start_daemon(folder, program)
         if how == "dies":
             os._exit(1)
         if how == "raises":

@@ -34,6 +34,7 @@ from .launcher_work import (
     other_shape,
     raises_at_a_step,
     returns_early,
+    start_daemon,
     total,
     values,
     wait_and_sum,
@@ -59,14 +60,18 @@ def hit_when_it_runs(pid: int, signum: int, folder: Path, ranks: int = 2) -> thr
 
 
 def blamed(
-    fn: Callable[..., object], *args: object, timeout: float = 60.0, either: bool = False
+    fn: Callable[..., object],
+    *args: object,
+    timeout: float = 60.0,
+    either: bool = False,
+    start: str = "forkserver",
 ) -> RankFailed:
     """What two ranks that run `fn` end in: it names rank 1.
 
     `either`: of two that disagree, nobody can say which one is wrong.
     """
     with pytest.raises(RankFailed) as caught:
-        launch(fn, *args, nprocs=2, timeout=timeout, echo=False)
+        launch(fn, *args, nprocs=2, timeout=timeout, start=start, echo=False)
     assert either or caught.value.rank == 1, caught.value
     assert len(caught.value.ranks) == 2
     return caught.value
@@ -330,16 +335,36 @@ def test_row_14_ranks_outlive_the_thread_that_started_them(tmp_path: Path, start
         ranks.close()
 
 
-@pytest.mark.parametrize("how", ["returns", "raises", "dies"])
-def test_what_a_rank_started_in_another_session_ends_with_it(tmp_path: Path, how: str) -> None:
+ENDINGS = [("forkserver", how) for how in ("returns", "raises", "dies")] + [("spawn", "dies")]
+
+
+@pytest.mark.parametrize(("start", "how"), ENDINGS)
+def test_what_a_rank_started_in_another_session_ends_with_it(
+    tmp_path: Path, start: str, how: str
+) -> None:
     marks = Path(tempfile.mkdtemp(dir=tmp_path))
     with nothing_left(tmp_path):
         if how == "returns":
-            launch(leaves_a_daemon, str(marks), how, nprocs=2, echo=False)
+            launch(leaves_a_daemon, str(marks), how, nprocs=2, start=start, echo=False)
         else:
-            blamed(leaves_a_daemon, str(marks), how)
-        (daemon,) = marks.glob("daemon-*")
-        assert not psutil.pid_exists(int(daemon.name.removeprefix("daemon-")))
+            error = blamed(leaves_a_daemon, str(marks), how, start=start)
+            assert ("status 1" if how == "dies" else "planted") in str(error)
+        daemons = [int(mark.name.removeprefix("daemon-")) for mark in marks.glob("daemon-*")]
+        assert len(daemons) == 2
+        assert [pid for pid in daemons if psutil.pid_exists(pid)] == []  # nor a zombie
+
+
+def test_what_ranks_started_ends_with_a_fork_server_that_is_killed(tmp_path: Path) -> None:
+    """While nobody asks anything of the ranks, too."""
+    marks = Path(tempfile.mkdtemp(dir=tmp_path))
+    with Ranks(2, echo=False) as ranks:
+        ranks(start_daemon, str(marks))
+        ranks(start_daemon, str(marks), program=True)
+        pids = [int(mark.name.removeprefix("daemon-")) for mark in marks.glob("daemon-*")]
+        daemons = [psutil.Process(pid) for pid in pids]
+        assert len(daemons) == 4
+        servers.fork_server().process.kill()
+        assert gone_within(daemons, WITHIN_S) == []
 
 
 BLOCKED = """
