@@ -1,10 +1,11 @@
 """calibrate(): this machine's profile in about half a minute, as a dated, JSON-able dict.
 
-What is measured, interleaved in rounds: each collective by size and world size, as one of several
-in a row (a lone one, after a pause, meets another state of the machine); compute by layer kind and
-shape, forward and backward; the optimizer per parameter; what a step costs to launch; how much of
-its communication a DDP step hides. Times in seconds, sizes in bytes. The schema is
-"pardemo-profile/1"; nothing in it is fitted, so a prediction made from it can be judged.
+What is measured, interleaved in rounds: each collective by size and world size, among pieces of
+computation as in a step (one of several in a row, or one after a pause, meets another state of the
+machine); compute by layer kind and shape, forward and backward; the optimizer per parameter; what a
+step costs to launch; how much of its communication a DDP step hides. Times in seconds, sizes in
+bytes. The schema is "pardemo-profile/1"; nothing in it is fitted, so a prediction made from it can
+be judged.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pardemo.launch import Ranks
 from pardemo.machine import Machine, machine
@@ -25,16 +27,20 @@ from pardemo.measure.calibrate_parts import (
     IN_FLIGHT,
     LAYERS,
     MANY,
+    PAIRS,
+    PIECES,
     UNITS,
     LayerPart,
     adam,
     ddp,
     handed_round,
     pair,
+    piece,
+    pieces,
     split_pair,
     units,
 )
-from pardemo.measure.collectives import KINDS, collective
+from pardemo.measure.collectives import KINDS, Amid, collective
 from pardemo.measure.flops import count_flops, peak_flops
 from pardemo.measure.inside import Case
 from pardemo.measure.rounds import Comparison, Progress, compare
@@ -42,7 +48,8 @@ from pardemo.measure.rounds import Comparison, Progress, compare
 SCHEMA = "pardemo-profile/1"
 SIZES = (4096, 65536, 1048576, 8388608)
 PARAMETERS = (10_000, 1_000_000)
-IN_A_ROW = 8
+LEAST_S = 1e-7  # a transfer that costs nothing that can be seen
+BESIDE = ("all_reduce", "all_to_all")  # also timed while a rank computes: buckets and rings
 
 
 def calibrate(
@@ -79,12 +86,15 @@ def calibrate(
                 overlap["hidden_share"] = 0.0  # every core computes: what seems hidden is noise
     profile = _about(here, name, found.load)
     profile |= {
-        "collectives": _collectives(found, worlds if total > 1 else [], sizes, kinds, here),
+        "collectives": _collectives(found, kinds),
         "compute": _compute(found),
         "optimizer": _optimizer(found),
         "overlap": overlap,
-        "launch": _launch(found, worlds if total > 1 else [], sizes, kinds),
+        "launch": _launch(found, worlds if total > 1 else []),
     }
+    smallest = [r["time_s"] for r in profile["collectives"] if r["collective"] == "all_reduce"]
+    if smallest:
+        profile["launch"]["collective_s"] = smallest[0]
     return profile
 
 
@@ -92,11 +102,21 @@ def _cases(worlds: Sequence[int], sizes: Sequence[int], kinds: Sequence[str]) ->
     cases = {
         f"{kind} {n} {size}": Case(handed_round(size), ranks=n)
         if kind == "broadcast"
-        else collective(kind, size, ranks=n, times=_repeats(kind))
+        else collective(kind, size, ranks=n, amid=Amid(piece, PIECES))
         for kind in kinds
         for n in worlds
         for size in sizes
     }
+    cases |= {
+        f"{kind} {n} {size} beside": collective(
+            kind, size, ranks=n, amid=Amid(piece, PIECES, beside=True)
+        )
+        for kind in kinds
+        if kind in BESIDE
+        for n in worlds
+        for size in sizes
+    }
+    cases |= {f"pieces {n}": Case(pieces, ranks=n) for n in worlds}
     for layer in LAYERS:
         cases[f"{layer} forward"] = Case(LayerPart(layer, backward=False))
         cases[f"{layer} both"] = Case(LayerPart(layer, backward=True))
@@ -104,17 +124,17 @@ def _cases(worlds: Sequence[int], sizes: Sequence[int], kinds: Sequence[str]) ->
         cases[f"optimizer {count}"] = Case(adam(count))
     cases["nothing"] = Case(lambda mesh: lambda: None)
     if worlds:
-        cases["pair plain"] = Case(pair)
+        cases["pair plain"] = Case(pair, ranks=worlds[0])
         cases["pair dtensor"] = Case(split_pair, ranks=worlds[0])
         for count in (FEW, MANY):
-            cases[f"units of {count}"] = Case(units(count, sharded=False))
+            cases[f"units of {count}"] = Case(units(count, sharded=False), ranks=worlds[0])
             cases[f"fsdp units of {count}"] = Case(units(count, sharded=True), ranks=worlds[0])
     return cases
 
 
-def _repeats(kind: str) -> int:
-    """Operations in one sample; one send, because a second one does not wait for the receiver."""
-    return {"send": 1, "broadcast": IN_FLIGHT}.get(kind, IN_A_ROW)
+def _operations(kind: str) -> int:
+    """How many of them are in one sample."""
+    return IN_FLIGHT if kind == "broadcast" else PIECES
 
 
 def _about(here: Machine, name: str, load: Sequence[str]) -> dict[str, Any]:
@@ -144,21 +164,34 @@ def _about(here: Machine, name: str, load: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _collectives(
-    found: Comparison, worlds: Sequence[int], sizes: Sequence[int], kinds: Sequence[str],
-    here: Machine,
-) -> list[dict[str, Any]]:  # fmt: skip
+def _collectives(found: Comparison, kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """What each operation adds to the pieces of computation around it, per operation.
+
+    A mean, not a median: some take a tick of the kernel longer than others, and in a step with many
+    of them it is the means that add up. Never below zero, nor below what a curve can hold.
+    """
     rows = []
-    for kind in kinds:
-        for n in worlds:
-            for size in sizes:
-                timing, times = found[f"{kind} {n} {size}"], _repeats(kind)
-                rows.append({
-                    "collective": kind, "ranks": n, "nodes": 1, "size_bytes": size,
-                    "time_s": timing.median_s / times, "status": timing.status,
-                    "rounds_s": [float(np.median(r)) / times for r in timing.samples],
-                })  # fmt: skip
+    for name in found.timings:
+        kind, *rest = name.split()
+        if kind not in kinds:
+            continue
+        n, size, beside = int(rest[0]), int(rest[1]), rest[2:] == ["beside"]
+        alone = _middle_mean(np.concatenate(found.samples.rounds(f"pieces {n}")))
+        rounds = [(r - alone) / _operations(kind) for r in found.samples.rounds(name)]
+        row: dict[str, Any] = {
+            "collective": kind, "ranks": n, "nodes": 1, "size_bytes": size,
+            "time_s": max(LEAST_S, _middle_mean(np.concatenate(rounds))),
+            "status": found[name].status,
+            "rounds_s": [max(LEAST_S, float(np.mean(r))) for r in rounds],
+        }  # fmt: skip
+        rows.append(row | {"beside": True} if beside else row)
     return rows
+
+
+def _middle_mean(samples: NDArray[np.float64]) -> float:
+    """The mean of all but the tenth at each end, which a single disturbance may have made."""
+    cut = len(samples) // 10
+    return float(np.sort(samples)[cut : len(samples) - cut].mean())
 
 
 def _compute(found: Comparison) -> list[dict[str, Any]]:
@@ -191,10 +224,8 @@ def _optimizer(found: Comparison) -> dict[str, Any]:
     return {"name": "AdamW", "seconds_per_parameter": each, "fixed_s": max(0.0, few - each * small)}
 
 
-def _launch(
-    found: Comparison, worlds: Sequence[int], sizes: Sequence[int], kinds: Sequence[str]
-) -> dict[str, float]:
-    """What it costs to begin: an empty step, the smallest layer, the smallest collective.
+def _launch(found: Comparison, worlds: Sequence[int]) -> dict[str, float]:
+    """What it costs to begin: an empty step, the smallest layer.
 
     And what wrappers add to a layer whatever its size: `dtensor_s` for one Linear whose weight is
     a DTensor, `fsdp_s` for one FSDP unit and `fsdp_tensor_s` for each parameter tensor in it;
@@ -205,11 +236,8 @@ def _launch(
     if not worlds:
         return fixed
 
-    if "all_reduce" in kinds:
-        smallest = found[f"all_reduce {worlds[0]} {min(sizes)}"].median_s
-        fixed["collective_s"] = smallest / _repeats("all_reduce")
     split = found["pair dtensor"].median_s - found["pair plain"].median_s
-    fixed["dtensor_s"] = max(0.0, split) / 2
+    fixed["dtensor_s"] = max(0.0, split) / (2 * PAIRS)
     few, many = (
         (found[f"fsdp units of {n}"].median_s - found[f"units of {n}"].median_s) / UNITS
         for n in (FEW, MANY)

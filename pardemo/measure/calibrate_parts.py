@@ -108,11 +108,43 @@ class adam:
         return torch.optim.AdamW([parameter]).step
 
 
+PIECES = 4  # in one sample
+
+
+def piece() -> Callable[[], object]:
+    """A piece of computation such as stands between two messages of a step: some milliseconds.
+
+    Matrix products and element by element work over a few megabytes. A rank that comes from it has
+    cold caches and a used-up slice of its core, a little earlier or later than the others.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows, width, times = (8192, 1024, 8) if device == "cuda" else (1024, 128, 12)
+    a, b = torch.randn(rows, width, device=device), torch.randn(width, width, device=device)
+    kept = [torch.empty_like(a) for _ in range(times)]
+
+    def compute() -> None:
+        for out in kept:
+            out.copy_(nn.functional.gelu(a @ b))
+
+    return compute
+
+
+def pieces(mesh: Any) -> Callable[[], object]:
+    """make() of the PIECES of computation alone."""
+    compute = piece()
+
+    def step() -> None:
+        for _ in range(PIECES):
+            compute()
+
+    return step
+
+
 IN_FLIGHT = 16
 
 
 class handed_round:
-    """make() of IN_FLIGHT broadcasts at once, of `size_bytes` each, the ranks' own in turn.
+    """make() of PIECES and then IN_FLIGHT broadcasts of `size_bytes`, the ranks' own in turn.
 
     So ZeroRedundancyOptimizer hands round the tensors that each rank updated.
     """
@@ -125,8 +157,10 @@ class handed_round:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         sent = [torch.ones(max(1, self.size_bytes // 4), device=device) for _ in range(IN_FLIGHT)]
         roots = sorted(i % group.size() for i in range(IN_FLIGHT))
+        compute = pieces(mesh)
 
         def step() -> None:
+            compute()
             works = [
                 dist.broadcast(t, group_src=root, group=group, async_op=True)
                 for t, root in zip(sent, roots, strict=True)
@@ -145,13 +179,16 @@ def ddp(mesh: Any) -> Callable[[], object]:
     return lambda: ddp(x).sum().backward()  # moves 2(n-1)/n of 4.2 MB
 
 
-def _linears(count: int) -> nn.Sequential:
+ROWS, WIDTH = 512, 128  # beside real work, whose data drives the dispatcher's out of the caches
+
+
+def _linears(*shapes: tuple[int, int]) -> nn.Sequential:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return nn.Sequential(*[nn.Linear(16, 16) for _ in range(count)]).to(device)
+    return nn.Sequential(*[nn.Linear(*shape) for shape in shapes]).to(device)
 
 
 def _stepped(net: nn.Module) -> Callable[[], object]:
-    x = torch.randn(1, 16, device=next(net.parameters()).device)
+    x = torch.randn(ROWS, WIDTH, device=next(net.parameters()).device)
     return lambda: net(x).sum().backward()
 
 
@@ -166,20 +203,27 @@ def _silenced(step: Callable[[], object]) -> Callable[[], object]:
     return silent
 
 
+PAIRS = 4
+
+
 def pair(mesh: Any) -> Callable[[], object]:
-    return _stepped(_linears(2))
+    """One rank's part of PAIRS pairs of layers that are cut over `mesh`, as plain layers."""
+    half = WIDTH // mesh.size()
+    return _stepped(_linears(*[(WIDTH, half), (half, WIDTH)] * PAIRS))
 
 
 def split_pair(mesh: Any) -> Callable[[], object]:
-    """A column and a row half of a pair, its all-reduce silenced."""
+    """The same as DTensors: column and row parts, their all-reduces silenced."""
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
         parallelize_module,
     )
 
-    plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
-    return _silenced(_stepped(parallelize_module(_linears(2), mesh, plan)))
+    ways = (ColwiseParallel, RowwiseParallel)
+    net = _linears(*[(WIDTH, WIDTH)] * (2 * PAIRS))
+    plan: Any = {str(i): ways[i % 2]() for i in range(2 * PAIRS)}
+    return _silenced(_stepped(parallelize_module(net, mesh, plan)))
 
 
 UNITS = 2  # of a root without parameters of its own, as the blocks of a model are
@@ -196,7 +240,8 @@ class units:
         self.linears, self.sharded = linears, sharded
 
     def __call__(self, mesh: Any) -> Callable[[], object]:
-        net = nn.Sequential(*[_linears(self.linears) for _ in range(UNITS)])
+        shapes = [(WIDTH, WIDTH)] * self.linears
+        net = nn.Sequential(*[_linears(*shapes) for _ in range(UNITS)])
         if not self.sharded:
             return _stepped(net)
         from torch.distributed.fsdp import fully_shard

@@ -28,6 +28,18 @@ class WrongResult(AssertionError):
 
 
 @dataclass(frozen=True)
+class Amid:
+    """`times` pieces of computation (`piece()` makes one), and an operation with each of them.
+
+    The operation comes after the piece and is waited for, or is under way `beside` it.
+    """
+
+    piece: Callable[[], Step]
+    times: int
+    beside: bool = False
+
+
+@dataclass(frozen=True)
 class Measured:
     """One collective at one size: `pipelined` operations were in flight at a time (1: blocking)."""
 
@@ -90,12 +102,11 @@ def sweep(
 
 def collective(
     kind: str, size_bytes: int, dtype: str = "float32", ranks: int = 2, pipelined: int = 1,
-    times: int = 1,
+    amid: Amid | None = None,
 ) -> Case:  # fmt: skip
     """A case whose step runs `pipelined` operations of this kind; verified once before timing.
 
-    `times` such steps in a row make one step: on a loopback an operation that follows another takes
-    another time than one that follows a pause.
+    `amid` puts them among pieces of computation, as a training step does.
     """
     if kind not in KINDS:
         raise ValueError(f"no collective {kind!r}; there are {', '.join(KINDS)}")
@@ -107,11 +118,13 @@ def collective(
             f"{size_bytes} bytes cannot be cut into {ranks} equal parts of {dtype}: use a multiple "
             f"of {ranks * width}"
         )
-    make = partial(_make, kind, size_bytes // width, getattr(torch, dtype), pipelined, times)
+    make = partial(_make, kind, size_bytes // width, getattr(torch, dtype), pipelined, amid)
     return Case(make, ranks=ranks, label=f"{kind} {size_bytes}")
 
 
-def _make(kind: str, count: int, dtype: torch.dtype, pipelined: int, times: int, mesh: Any) -> Step:
+def _make(
+    kind: str, count: int, dtype: torch.dtype, pipelined: int, amid: Amid | None, mesh: Any
+) -> Step:
     group = mesh.get_group()
     issue, out, want = _prepare(kind, count, dtype, group)
     _wait(issue())
@@ -121,12 +134,29 @@ def _make(kind: str, count: int, dtype: torch.dtype, pipelined: int, times: int,
     if kind in ("all_reduce", "reduce"):
         out.zero_()  # so that the sum does not grow when it is repeated
 
-    def step() -> None:
-        for _ in range(times):
-            for work in [issue() for _ in range(pipelined)]:
-                _wait(work)
+    def together() -> None:
+        for work in [issue() for _ in range(pipelined)]:
+            _wait(work)
 
-    return step
+    return together if amid is None else _among(amid, issue, together)
+
+
+def _among(amid: Amid, issue: Callable[[], Any], together: Callable[[], None]) -> Step:
+    """Operations that each follow a piece of computation, or are under way beside one."""
+    compute, times = amid.piece(), range(amid.times)
+
+    def after() -> None:
+        for _ in times:
+            compute()
+            together()
+
+    def beside() -> None:
+        for _ in times:
+            work = issue()
+            compute()
+            _wait(work)
+
+    return beside if amid.beside else after
 
 
 def _wait(work: Any) -> None:

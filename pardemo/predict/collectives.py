@@ -3,8 +3,9 @@
 One `Curve` per (collective, ranks, nodes). Inside the measured sizes a monotone cubic in log-log,
 of the time over a fit (latency, pipeline fill, bandwidth), so that few points are enough; outside
 them alpha + beta x size, fitted with relative weights to the nearest points, and the evidence says
-"extrapolated". A curve is never carried to another world size silently: `CurveSet.time` does it by
-the ring's step count and says so.
+"extrapolated"; below the smallest size it does not where that one's time is already all latency. A
+curve is never carried to another world size silently: `CurveSet.time` does it by the ring's step
+count and says so.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import numpy as np
 from pardemo.predict.prediction import human
 from pardemo.predict.wire import kind_of, wire_factor
 
+ALL_LATENCY = 0.9  # share of the smallest size's time above which smaller ones take as long,
+SMALL = 8192  # bytes: if it is this small; larger sizes may be sent by another protocol
 Points = Sequence[float] | np.ndarray
 
 
@@ -128,18 +131,29 @@ class Curve:
             ratio = float(np.exp(self._inside(np.log(size_bytes))))
             base = float((_shapes(np.array([size_bytes])) @ self._base)[0])
             return ratio * base, f"interpolated, {self}"
+        seconds, latency = self._outside(size_bytes)
+        if size_bytes < lo <= SMALL and latency >= ALL_LATENCY:
+            share = f"{human(lo, 'bytes')}, whose time is {latency:.0%} latency"
+            return (
+                seconds,
+                f"measured latency: {human(size_bytes, 'bytes')} is below {share}, {self}",
+            )
         where = f"{human(size_bytes, 'bytes')} outside {human(lo, 'bytes')} to {human(hi, 'bytes')}"
-        return self._outside(size_bytes), f"extrapolated: {where}, {self}"
+        return seconds, f"extrapolated: {where}, {self}"
 
-    def _outside(self, size: float) -> float:
-        """Scale the nearest measured time by alpha-beta fitted to the points on that side."""
+    def _outside(self, size: float) -> tuple[float, float]:
+        """Scale the nearest measured time by alpha-beta fitted to the points on that side.
+
+        Also the share of latency, alpha, in that nearest time; 0 where one size was measured.
+        """
         if len(self.sizes) == 1:
-            return float(self.times[0] * max(1.0, size / self.sizes[0]))
+            return float(self.times[0] * max(1.0, size / self.sizes[0])), 0.0
         small = size < self.sizes[0]
         side = slice(0, 4) if small else slice(-4, None)
         fit = fit_alpha_beta(self.sizes[side], self.times[side])
         near = 0 if small else -1
-        return float(self.times[near] * fit(size) / fit(float(self.sizes[near])))
+        nearest = fit(float(self.sizes[near]))
+        return float(self.times[near] * fit(size) / nearest), float(fit.alpha_s / nearest)
 
 
 class CurveSet:

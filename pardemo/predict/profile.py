@@ -9,7 +9,8 @@ Schema "pardemo-profile/1" (times in seconds, sizes in bytes, rates per second):
     peak_flops         {"float32": ..., "bfloat16": ...}, and peak_source "measured" | "data sheet"
     memory_bandwidth   bytes/s of one device
     links              {"node": bytes/s per device and direction, "network": the same, 0 if none}
-    collectives        [{collective, ranks, nodes, size_bytes, time_s, rounds_s?: [..]}]
+    collectives        [{collective, ranks, nodes, size_bytes, time_s, rounds_s?: [..],
+                       beside?: true when it was under way while the rank computed}]
     compute            [{kind, flops, forward_s, backward_s, rounds_s?: [[f, b], ..]}], kind linear,
                        conv, attention (fused), scores (attention by single operators), norm,
                        embedding, whole (a whole model: forward + backward)
@@ -84,10 +85,15 @@ class Profile:
         """How a prediction names its evidence."""
         return f"profile {self.name} {self.date}"
 
-    def curves(self) -> CurveSet:
-        """One interpolated curve per (collective, ranks, nodes)."""
+    def curves(self, beside: bool = False) -> CurveSet:
+        """One interpolated curve per (collective, ranks, nodes).
+
+        `beside`: what they cost a rank that computes meanwhile, for those timed so too.
+        """
         groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
         for row in self.collectives:
+            if bool(row.get("beside")) != beside:
+                continue
             key = (kind_of(row["collective"]), int(row["ranks"]), int(row.get("nodes", 1)))
             groups.setdefault(key, []).append(row)
         return CurveSet(

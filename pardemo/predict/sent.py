@@ -22,6 +22,7 @@ class Message:
     """All calls of one collective kind on one mesh axis in one phase of a step, for one rank.
 
     `phase` is "forward", "backward" or "optimizer"; `ranks` how many take part in one call.
+    `beside`: the rank computes while it is under way.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Message:
     formula: str
     phase: str = "backward"
     ranks: int = 0
+    beside: bool = False
 
     def __repr__(self) -> str:
         payload, sent = human(self.payload_bytes, "bytes"), human(self.sent_bytes, "bytes")

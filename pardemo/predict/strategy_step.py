@@ -57,14 +57,19 @@ def compute_seconds(layers: Layers, batch: float, profile: Profile) -> tuple[flo
 
 
 def transfer_seconds(sent: SentBytes, ranks: int, nodes: int, profile: Profile) -> list[Term]:
-    """One term per message: calls x the curve at the size of one call, not hidden at all."""
-    curves = profile.curves()
+    """One term per message: calls x the curve at the size of one call.
+
+    A message `beside` computation takes the curve that was timed so, where there is one.
+    """
+    curves, hiding = profile.curves(), profile.curves(beside=True)
     out = []
     for m in sent.messages:
         each = m.payload_bytes / m.calls
         group = 2 if m.kind in ("send", "recv") else m.ranks or ranks
-        one, evidence = curves.time(m.kind, group, nodes, each)
+        beside = m.beside and (m.kind, group, nodes) in hiding.curves
+        one, evidence = (hiding if beside else curves).time(m.kind, group, nodes, each)
         formula = f"{m.calls} x {m.kind} of {human(each, 'bytes')}"
+        formula += " beside computation" if beside else ""
         out.append(Term(f"{m.axis} {m.kind}", formula, m.calls * one, "s", evidence))
     return out
 
@@ -75,16 +80,12 @@ def wrapper_terms(
     units: int = 0,
     unit_tensors: int = 0,
     copied_bytes: float = 0,
-    ring_flops: float = 0,
-    ring_blocks: int = 1,
 ) -> list[Term]:
-    """Work that a strategy adds on each rank: dispatch, copies, attention by single operators.
+    """Work that a strategy adds on each rank: dispatch and copies.
 
     `split_linears`: Linear layers whose weight is a DTensor. `units`: FSDP units, of `unit_tensors`
-    parameter tensors together. `copied_bytes`: copied into and out of communication buffers.
-    `ring_flops`: attention's forward FLOPs of a rank in one step, in `ring_blocks` blocks; what the
-    fused kernel would take is subtracted, because one process's time holds it. A part that the
-    profile has not calibrated adds nothing.
+    parameter tensors together. `copied_bytes`: copied into and out of communication buffers. A part
+    that the profile has not calibrated adds nothing.
     """
     out = []
     for name, count, key in (
@@ -100,18 +101,7 @@ def wrapper_terms(
         text = f"{human(copied_bytes, 'bytes')} read and written again / memory bandwidth"
         seconds = 2 * copied_bytes / profile.memory_bandwidth
         out.append(Term("copies", text, seconds, "s", profile.cite))
-    kinds = {row["kind"] for row in profile.compute}
-    if ring_flops and {"scores", "attention"} <= kinds:
-        block = ring_flops / ring_blocks
-        apart = sum(compute_seconds(_one(block, "scores"), 1, profile)[:2]) * ring_blocks
-        fused = sum(compute_seconds(_one(ring_flops, "attention"), 1, profile)[:2])
-        text = f"{ring_blocks} blocks by single operators, less the fused kernel"
-        out.append(Term("ring operators", text, max(0.0, apart - fused), "s", profile.cite))
     return out
-
-
-def _one(flops: float, kind: str) -> Layers:
-    return Layers((kind,), (flops,), (0,), (0.0,), (0.0,), kind, (kind,))
 
 
 def strategy_step(
@@ -169,7 +159,7 @@ def _exposed(
     hidden, slower = overlap.get("hidden_share", 0.0), overlap.get("slowdown", 1.0)
     factor, text = (1 - hidden) * slower, f"(1 - {hidden:g} hidden) x {slower:g} x "
     return [
-        t if m.phase == "optimizer" or factor == 1 else _scaled(t, factor, text)
+        t if m.phase == "optimizer" or m.beside or factor == 1 else _scaled(t, factor, text)
         for m, t in zip(sent.messages, moved, strict=True)  # nothing computes beside the optimiser
     ]
 

@@ -1,19 +1,19 @@
 """Predict every strategy's step before it is measured, from parts that were measured alone.
 
-The parts: forward and backward of one process on the share of the batch that a rank will have (on
-all ranks at once, so that they share the machine as they will, but exchange nothing), one optimiser
-step, on plain tensors and on slices of them (DTensors, whose every operator is dispatched in
-Python), and the calibrated curves of the collectives. What is added is predict's arithmetic.
+The parts: forward and backward of what one rank will compute (its share of the batch, its slice of
+the layers, its positions), in one process that exchanges nothing, on all ranks at once, so that
+they share the machine as they will; the same with the optimiser behind it, on plain tensors and on
+slices of them (DTensors, whose every operator is dispatched in Python); and the calibrated curves
+of the collectives. What is added is predict's arithmetic.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,48 +22,66 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from pardemo import predict
 from pardemo.launch import Ranks
 from pardemo.measure import Case, Comparison, calibrate, compare
+from pardemo.measure.collectives import KINDS
 from pardemo.predict import Prediction, Profile, ProfileError, load
 from pardemo.strategies.base import call, to_device
+from pardemo.strategies.ring_attention import positions_of
 from pardemo.workloads import Workload
 
-from .foresee_terms import CHAINS, additions, each_message, slices, waiting
+from . import alone
+from .foresee_terms import CHAINS, additions, each_message, slices
 from .forms import Scene, closed_form
 
 MESHES = ("dp_tp", "fsdp_tp", "dp_pp", "tp_pp", "dp_pp_tp")
 SHARDED = ("fsdp", "hsdp", "zero1", "tensor", "expert", *CHAINS)  # optimiser state in parts
 SLICED = {"fsdp", "hsdp", "tensor"}  # parameters are DTensors
-WHOLE_BATCH = ("tensor", "context", "expert")  # every rank sees all samples, a part of each
+CUTS = ("tensor", "context")  # every rank sees all samples, a part of each
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part alone, inside a rank: forward and backward of `size` samples, or the optimiser."""
+    """One part alone, inside a rank: forward and backward of `size` samples.
+
+    `cut`: "tensor" or "context", for a rank's slice of the layers or positions of the samples.
+    `optimizer`: with its step behind, over the "whole" model or over "slices" of every tensor.
+    """
 
     work: Workload
     size: int
-    sliced: bool = False  # the optimiser, on each rank's slices of the parameters
+    cut: str = ""
+    optimizer: str = ""
 
     def __call__(self, mesh: DeviceMesh | None) -> Callable[[], Any]:
-        if self.sliced:
-            assert mesh is not None
-            return self._on_slices(mesh)
         model = self.work.make_model(0)
         device = next(model.parameters()).device
         inputs, targets = to_device(self.work.make_batch(max(self.size, 1), 0, 0), device)
-        optimizer = self.work.make_optimizer(model.parameters())
+        if self.cut and mesh is not None:
+            inputs, targets = self._cut(model, inputs, targets, mesh)
+        update = self._update(model, mesh)
 
-        def forward_backward() -> None:
+        def step() -> None:
             model.zero_grad()
             self.work.loss(call(model, inputs), targets).backward()
+            update()
 
-        if self.size:
-            return forward_backward
-        forward_backward()
-        return optimizer.step
+        return step
 
-    def _on_slices(self, mesh: DeviceMesh) -> Callable[[], Any]:
-        """The optimiser over the model's parameters cut along dim 0; nothing is sent."""
-        model = self.work.make_model(0)
+    def _cut(self, model: nn.Module, inputs: Any, targets: Any, mesh: DeviceMesh) -> Any:
+        """Leave of the model and of its batch what this rank will have; nothing is sent."""
+        rank, ranks = mesh.get_rank(), mesh.size()
+        if self.cut == "tensor":
+            alone.cut_layers(model, ranks)
+            return inputs, targets
+        where = positions_of(rank, ranks, inputs.shape[1], "contiguous")
+        alone.cut_positions(model, where, rank, ranks, "ring", "contiguous")
+        return inputs[:, where], targets[:, where]
+
+    def _update(self, model: nn.Module, mesh: DeviceMesh | None) -> Callable[[], Any]:
+        """The optimiser's step; over the parameters cut along dim 0 where slices are asked for."""
+        if not self.optimizer:
+            return lambda: None
+        if self.optimizer == "whole":
+            return self.work.make_optimizer(model.parameters()).step
         kept = [p for p in model.parameters() if p.requires_grad and p.ndim]
         slices = [
             nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None))
@@ -74,48 +92,69 @@ class Part:
         return self.work.make_optimizer(slices).step
 
 
+Key = int | str  # samples, or the strategy whose cut of them it is
+
+
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of each part: forward and backward by samples, and the optimiser (whole model).
+    """Seconds of each part: forward and backward by samples or by cut, and the optimiser's step.
 
-    `slice_s`: what one parameter tensor that is a slice (a DTensor) adds to the optimiser's step.
-    `skew_s`: how much later than the mean rank the slowest one ends forward and backward.
+    `optimizer_s`: the whole model's, behind a backward pass. `slice_s`: what one parameter tensor
+    that is a slice (a DTensor) adds to it.
     """
 
-    by_size: dict[int, float]
+    by_size: dict[Key, float]
     optimizer_s: float
     slice_s: float = 0.0
-    skew_s: float = 0.0
 
     def __repr__(self) -> str:
-        told = ", ".join(f"{size} samples {s * 1e3:.3g} ms" for size, s in self.by_size.items())
+        told = ", ".join(f"{_told(key)} {s * 1e3:.3g} ms" for key, s in self.by_size.items())
         text = f"one process, forward and backward: {told}; optimizer {self.optimizer_s * 1e3:.3g}"
         more = f", {self.slice_s * 1e3:.3g} ms more per sliced tensor" if self.slice_s else ""
         return f"{text} ms{more}"
 
 
+def _told(key: Key) -> str:
+    return f"{key} samples" if isinstance(key, int) else f"a rank's slice under {key}"
+
+
+def _keys(scene: Scene, names: Sequence[str]) -> list[Key]:
+    """The parts of `names`, sizes first."""
+    return sorted(
+        {needed(scene, name) for name in names}, key=lambda key: (str(key).isalpha(), key)
+    )
+
+
+def _updated(scene: Scene) -> int:
+    """Samples of the part behind which the optimiser is timed: a rank's share."""
+    return -(-scene.batch_size // scene.ranks)
+
+
 def part_cases(scene: Scene, names: Sequence[str]) -> dict[str, Case]:
     """The parts that the predictions of `names` need; none of them sends anything."""
-    sizes = sorted({size for name in names for size in sizes_needed(scene, name)})
-    parts = {f"part: {size} samples": Part(scene.work, size) for size in sizes}
-    parts["part: optimizer"] = Part(scene.work, 0)
+    work, size = scene.work, _updated(scene)
+    parts = {
+        f"part: {_told(key)}": Part(work, key)
+        if isinstance(key, int)
+        else Part(work, scene.batch_size, cut=key)
+        for key in {**dict.fromkeys(_keys(scene, names)), size: None}
+    }
+    parts["part: with the optimizer"] = Part(work, size, optimizer="whole")
     if SLICED.intersection(names):
-        parts["part: on slices"] = Part(scene.work, 0, sliced=True)
+        parts["part: on slices"] = Part(work, size, optimizer="slices")
     return {name: Case(part, ranks=scene.ranks) for name, part in parts.items()}
 
 
 def read_parts(scene: Scene, names: Sequence[str], found: Comparison) -> Parts:
     """The parts' seconds from a comparison that held `part_cases`."""
-    sizes = sorted({size for name in names for size in sizes_needed(scene, name)})
-    whole, each = found["part: optimizer"].median_s, 0.0
+    alone_s = found[f"part: {_told(_updated(scene))}"].median_s
+    whole, each = max(0.0, found["part: with the optimizer"].median_s - alone_s), 0.0
     if SLICED.intersection(names):
         tensors = sum(bool(p.ndim) for p in scene.parameters)
-        each = max(0.0, found["part: on slices"].median_s - whole / scene.ranks) / max(1, tensors)
-    by_size = {size: found[f"part: {size} samples"].median_s for size in sizes}
-    blocks = found.samples.of(f"part: {sizes[0]} samples")
-    late = [float(np.median(b.wall_s.max(axis=0) - b.wall_s.mean(axis=0))) for b in blocks]
-    skew = float(np.median(late)) * (by_size[max(sizes)] / by_size[sizes[0]]) ** 0.5
-    return Parts(by_size, whole, each, skew)
+        sliced = found["part: on slices"].median_s - alone_s
+        each = max(0.0, sliced - whole / scene.ranks) / max(1, tensors)
+    by_size = {key: found[f"part: {_told(key)}"].median_s for key in _keys(scene, names)}
+    return Parts(by_size, whole, each)
 
 
 def measure_parts(scene: Scene, names: Sequence[str], ranks: Ranks, budget_s: float) -> Parts:
@@ -124,59 +163,40 @@ def measure_parts(scene: Scene, names: Sequence[str], ranks: Ranks, budget_s: fl
     return read_parts(scene, names, compare(part_cases(scene, names), ranks=ranks, **how))
 
 
-def known_machine(profile: Profile | str | None, ranks: Ranks) -> Profile:
-    """The given machine profile, or a new one: collectives of this many ranks, and of pairs."""
+def known_machine(
+    profile: Profile | str | None, ranks: Ranks, kinds: Iterable[str] = KINDS
+) -> Profile:
+    """The given profile, or a new one: these collectives of this many ranks, and of pairs."""
     if isinstance(profile, Profile):
         return profile
     if profile is not None:
         return load(profile)
     sizes = sorted({2, ranks.setup.nprocs})
-    return load(calibrate(ranks=ranks, world_sizes=sizes, budget_s=10.0))
+    return load(calibrate(ranks=ranks, world_sizes=sizes, kinds=sorted(kinds), budget_s=20.0))
 
 
 def share(scene: Scene, name: str) -> int:
     """How many samples one rank works on at a time under this strategy."""
     if name == "pipeline":
         return scene.batch_size // scene.microbatches(scene.batch_size, scene.ranks)
-    if name in WHOLE_BATCH or name == "model_parallel":
+    if name == "model_parallel":
         return scene.batch_size
     return -(-scene.batch_size // scene.ranks)
 
 
-def sizes_needed(scene: Scene, name: str) -> set[int]:
-    """The sizes at which one process is timed for this prediction."""
-    part = -(-scene.batch_size // scene.ranks)
-    if name == "context":
-        return {part}
-    return {share(scene, name), part} if name == "tensor" else {share(scene, name)}
+def needed(scene: Scene, name: str) -> Key:
+    """The part that is timed for this prediction: so many samples, or this strategy's cut."""
+    return name if name in CUTS else share(scene, name)
 
 
-def alone_s(name: str, scene: Scene, parts: Parts) -> float:
-    """Seconds that one rank computes at a time, nothing exchanged.
-
-    Context parallel: as many tokens as in its share of the samples. Tensor parallel: the operators
-    of the whole batch, but only the share of the work that is cut becomes 1/n; the straight line
-    through two sizes holds both, what an operator costs to launch and what it costs to run.
-    """
-    part = -(-scene.batch_size // scene.ranks)
-    if name == "context":
-        return parts.by_size[part]
-    whole = parts.by_size[share(scene, name)]
-    if name != "tensor":
-        return whole
-    cut = cut_share(scene)
-    return parts.by_size[part] * cut + whole * (1 - cut)
-
-
-def cut_share(scene: Scene) -> float:
-    """Share of a transformer's FLOPs that tensor parallelism cuts: all but the head's."""
-    config: Any = getattr(scene.model, "config", None)
-    if not hasattr(config, "n_layer"):
-        return 1.0
-    head = config.vocab_size * config.n_embd
-    weights = sum(m.weight.numel() for m in scene.model.modules() if isinstance(m, nn.Linear))
-    scores = 2 * config.n_layer * config.block_size * config.n_embd
-    return 1 - head / max(weights + scores, head)
+def kinds_sent(scene: Scene, names: Iterable[str]) -> set[str]:
+    """The collectives whose curves the predictions of `names` need."""
+    found = set()
+    for name in names:
+        sent = None if name in MESHES else closed_form(name, scene, scene.ranks - 1)
+        if sent is not None:
+            found |= {m.kind for m in each_message(name, scene, sent).messages}
+    return found & set(KINDS)
 
 
 def overlap(profile: Profile, scene: Scene, cores: int) -> dict[str, float]:
@@ -197,9 +217,8 @@ def predicted(
         return f"{name}: no closed form of its transfer for this model, so no prediction"
     size = share(scene, name)
     times = scene.batch_size // size if name == "pipeline" else 1
-    alone = alone_s(name, scene, parts)
-    by_rank = name in ("tensor", "context")  # seconds of one rank already
-    spread = scene.ranks if by_rank or name not in (*WHOLE_BATCH, *CHAINS) else 1
+    part_s = parts.by_size[needed(scene, name)]
+    spread = 1 if name in CHAINS else scene.ranks  # the part is one rank's
     held = scene.elements / (scene.ranks if name in SHARDED else 1)
     known = dataclasses.replace(
         profile,
@@ -216,10 +235,9 @@ def predicted(
         knobs["shares"] = [count / sum(counts) for count in counts]
         knobs["schedule"] = "1f1b"
     extra = additions(name, scene, profile) + slices(name, scene, parts.slice_s)
-    extra += waiting(name, sent, parts.skew_s)
     try:
         found = predict.step(
-            name, profile=known, ranks=scene.ranks, compute_s=alone * times * spread,
+            name, profile=known, ranks=scene.ranks, compute_s=part_s * times * spread,
             sent=each_message(name, scene, sent),
             parameters=held, oversubscribed=max(1.0, scene.ranks / cores),
             extra=extra, **knobs,

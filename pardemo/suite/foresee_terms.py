@@ -1,16 +1,13 @@
-"""What a strategy adds to one process's parts: its own machinery, its messages, its waiting."""
+"""What a strategy adds to one process's parts: its own machinery, and its messages."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any
-
-import torch.nn as nn
 
 from pardemo.predict import Profile, SentBytes, Term
 from pardemo.predict.prediction import human
-from pardemo.predict.sent import message
+from pardemo.predict.sent import Message, message
 from pardemo.predict.strategy_step import wrapper_terms
 from pardemo.strategies import tensor_plans
 
@@ -23,9 +20,11 @@ CHAINS = ("model_parallel", "pipeline")
 def each_message(name: str, scene: Scene, sent: SentBytes) -> SentBytes:
     """The same bytes as they are calibrated.
 
-    ZeRO-1's broadcasts size by size: each tensor is a message, and norms' are mostly latency. A
-    ring's sends as exchanges between two: every rank sends and receives at once.
+    ZeRO-1's broadcasts size by size: each tensor is a message, and norms' are mostly latency. DDP's
+    gradients by buckets, of which only the last has no computation beside it. A ring's sends as
+    exchanges between two beside computation: every rank sends and receives at once.
     """
+    found = list(sent.messages)
     if name == "zero1":
         sizes = Counter(p.numel() * scene.element_bytes for p in scene.model.parameters())
         text = "the tensors of one size, whole"
@@ -33,31 +32,42 @@ def each_message(name: str, scene: Scene, sent: SentBytes) -> SentBytes:
             message("broadcast", "dp", scene.ranks, size * count, text, count, phase="optimizer")
             for size, count in sorted(sizes.items())
         ]
-        rest = [m for m in sent.messages if m.kind != "broadcast"]
-        return SentBytes(sent.strategy, (*rest, *each))
+        found = [*(m for m in found if m.kind != "broadcast"), *each]
+    if name in ("ddp", "zero1"):
+        return SentBytes(sent.strategy, tuple(part for m in found for part in _buckets(m, scene)))
     if name == "context":
         pairs = [
-            dataclasses.replace(m, kind="all_to_all", ranks=2, payload_bytes=2 * m.payload_bytes)
+            dataclasses.replace(
+                m, kind="all_to_all", ranks=2, payload_bytes=2 * m.payload_bytes, beside=True
+            )
             if m.kind == "send"
             else m
-            for m in sent.messages
+            for m in found
         ]
         return SentBytes(sent.strategy, tuple(pairs))
     return sent
 
 
-def waiting(name: str, sent: SentBytes, skew_s: float) -> list[Term]:
-    """Ranks wait for the slowest wherever they meet; a part's own time holds one such wait.
+FIRST, LATER = 2**20, 25 * 2**20  # bytes after which DDP closes its first bucket, and later ones
 
-    Cut into k pieces whose delays are independent, a step waits sqrt(k) times as long as it would
-    once: each piece's delay is 1/sqrt(k) of the whole one's, and none makes up for another.
-    """
-    meetings = sum(m.calls for m in sent.messages if m.phase != "optimizer")
-    if name in CHAINS or meetings < 2 or not skew_s:
-        return []  # a chain's stages wait for each other in the simulated schedule
-    text = f"(sqrt({meetings} meetings) - 1) x {human(skew_s, 's')} behind the mean rank"
-    value = (meetings**0.5 - 1) * skew_s
-    return [Term("waiting", text, value, "s", "given: ranks at the parts, measured")]
+
+def _buckets(m: Message, scene: Scene) -> list[Message]:
+    """DDP's gradients as they are sent: all buckets but the last beside the backward pass."""
+    sizes = [p.numel() * p.element_size() for p in reversed(scene.parameters)]
+    if m.kind != "all_reduce" or m.phase != "backward" or m.payload_bytes != sum(sizes):
+        return [m]
+    filled = [0]
+    for size in sizes:
+        if filled[-1] >= (LATER if len(filled) > 1 else FIRST):
+            filled.append(0)
+        filled[-1] += size
+    return [
+        dataclasses.replace(
+            m, calls=1, payload_bytes=float(bucket), beside=i < len(filled) - 1,
+            sent_bytes=m.sent_bytes * bucket / sum(sizes),
+        )
+        for i, bucket in enumerate(filled)
+    ]  # fmt: skip
 
 
 def slices(name: str, scene: Scene, slice_s: float) -> list[Term]:
@@ -78,9 +88,9 @@ def slices(name: str, scene: Scene, slice_s: float) -> list[Term]:
 
 def additions(name: str, scene: Scene, profile: Profile) -> list[Term]:
     """What the strategy's own machinery costs on each rank, from calibrated constants."""
-    config: Any = getattr(scene.model, "config", None)
-    if name == "tensor" and hasattr(config, "n_layer"):
-        linears = sum(isinstance(m, nn.Linear) for m in scene.model.modules()) - 1
+    if name == "tensor":
+        found = tensor_plans.pairs(scene.model)
+        linears = sum(len(pair.columns) + 1 for pair in found)
         return wrapper_terms(profile, split_linears=linears)
     if name == "fsdp":
         known = sharded_knobs(scene, scene.ranks)
@@ -90,13 +100,4 @@ def additions(name: str, scene: Scene, profile: Profile) -> list[Term]:
         return wrapper_terms(
             profile, units=known["units"], unit_tensors=tensors, copied_bytes=copied
         )
-    if name == "context" and hasattr(config, "n_layer"):
-        length = config.block_size
-        flops = 4.0 * scene.batch_size * config.n_embd * length * length / scene.ranks
-        terms = wrapper_terms(profile, ring_flops=flops, ring_blocks=scene.ranks)
-        layers = config.n_layer
-        return [
-            dataclasses.replace(t, value=t.value * layers, formula=f"{layers} layers x {t.formula}")
-            for t in terms
-        ]
     return []

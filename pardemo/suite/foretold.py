@@ -7,7 +7,7 @@ these comes the prediction that stands beside the measurement. Neither sees a st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,10 +61,10 @@ class Foresight:
 
 
 def foresight(
-    names: Iterable[str], scene: Scene, ranks: Ranks, profile: Profile | str | None = None
+    names: Sequence[str], scene: Scene, ranks: Ranks, profile: Profile | str | None = None
 ) -> Foresight:
     """Make ready to predict `names`; `profile` is a machine (default: calibrate this one now)."""
-    known = foresee.known_machine(profile, ranks)
+    known = foresee.known_machine(profile, ranks, foresee.kinds_sent(scene, names))
     return Foresight(scene, tuple(names), known, machine().devices)
 
 

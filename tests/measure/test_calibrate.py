@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from pardemo import predict
 from pardemo.measure import calibrate
-from pardemo.measure.calibrate import LAYERS, _overlap
+from pardemo.measure.calibrate import LAYERS, _middle_mean, _overlap
 
 KINDS = ("all_reduce", "send", "all_gather", "reduce_scatter")
 
@@ -28,12 +29,21 @@ def test_the_profile_is_json_that_predict_reads(profile):
     loaded = predict.load(json.loads(json.dumps(profile)))
     assert loaded.peak_source == "measured"
     assert len(loaded.curves()) == 4
+    assert set(loaded.curves(beside=True).curves) == {("all_reduce", 2, 1)}
 
 
 def test_every_collective_has_a_point_per_size_with_its_rounds(profile):
-    points = {(r["collective"], r["ranks"], r["size_bytes"]) for r in profile["collectives"]}
-    assert points == {(k, 2, s) for k in KINDS for s in (4096, 65536)}
+    points = sorted((r["collective"], r["ranks"], r["size_bytes"]) for r in profile["collectives"])
+    hidden = [("all_reduce", 2, s) for s in (4096, 65536)]  # once more, beside computation
+    assert points == sorted([(k, 2, s) for k in KINDS for s in (4096, 65536)] + hidden)
     assert all(len(r["rounds_s"]) >= 2 for r in profile["collectives"])
+    assert all(r["time_s"] > 0 for r in profile["collectives"])
+
+
+def test_a_mean_without_its_ends_keeps_ticks_and_drops_a_disturbance():
+    two_speeds = np.array([1.0] * 10 + [5.0] * 9 + [1000.0])
+    assert _middle_mean(two_speeds) == pytest.approx((8 * 1 + 8 * 5) / 16)
+    assert _middle_mean(np.array([2.0])) == 2.0
 
 
 def test_every_layer_kind_has_forward_and_backward(profile):

@@ -147,6 +147,16 @@ def test_alpha_and_beta_are_found_again_and_carry_a_curve_outside():
     assert evidence.startswith("extrapolated: 1 GB outside")
 
 
+def test_below_the_smallest_size_only_what_is_no_latency_is_extrapolated():
+    def evidence(size, sizes, beta):
+        return Curve("all_reduce", 4, 1, sizes, 2e-5 + sizes * beta)(size)[1]
+
+    small = np.array([4096, 1e5, 1e6])
+    assert evidence(4, small, 1e-10).startswith("measured latency: 4 B is below 4.096 kB")
+    assert evidence(4, small, 1e-8).startswith("extrapolated: 4 B outside")  # half is bandwidth
+    assert evidence(4, SIZES, 1e-12).startswith("extrapolated")  # 100 kB: another protocol
+
+
 def test_a_published_curve_is_interpolated_within_3_percent():
     # VIA-Research/vTrain trace/a100, all-reduce over 8 A100, out of place, microseconds
     size = 2.0 ** np.arange(20, 31)

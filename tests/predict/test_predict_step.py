@@ -230,23 +230,9 @@ def test_what_wrappers_add_is_counted_calls_times_calibrated_seconds():
     assert found["dtensor"].value == pytest.approx(24 * 2e-4)
     assert found["units"].value == pytest.approx(5 * 1e-3)
     assert found["copies"].value == pytest.approx(2 * 1e8 / 1e10)
-    assert not wrapper_terms(_machine(), split_linears=24, units=5, ring_flops=1e6)
+    assert not wrapper_terms(_machine(), split_linears=24, units=5)
     step_of = predict.step("tensor", profile=p, ranks=2, compute_s=1.0, extra=found.values())
     assert step_of.value == pytest.approx(0.5 + sum(t.value for t in found.values()))
-
-
-def test_ring_attention_pays_for_single_operators_less_the_fused_kernel():
-    from pardemo.predict.strategy_step import wrapper_terms
-
-    def rows(kind, rate):
-        return [
-            {"kind": kind, "flops": f, "forward_s": f / rate, "backward_s": 2 * f / rate}
-            for f in (1e5, 1e9)
-        ]
-
-    p = _machine(compute=[*rows("attention", 1e10), *rows("scores", 2e9)])
-    (ring,) = wrapper_terms(p, ring_flops=4e7, ring_blocks=4)
-    assert ring.value == pytest.approx(3 * 4e7 / 2e9 - 3 * 4e7 / 1e10, rel=1e-3)
 
 
 @pytest.mark.parametrize(
