@@ -127,7 +127,7 @@ FORBIDDEN = {
 }
 EXCUSED = {  # file -> the one forbidden call it needs, and why
     "launch/cell.py": ("eval", "shows the value of a cell's last line, typed by the learner"),
-    "cluster/reach.py": ("time.time", "asks how far the wall clocks of two nodes are apart"),
+    "cluster/desk.py": ("time.time", "asks how far the wall clocks of two nodes are apart"),
     "measure/timeline.py": ("time.time", "torch.profiler's events are on the wall clock"),
 }
 

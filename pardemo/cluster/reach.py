@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 
 import psutil
 
-from pardemo.cluster.doctor import (
-    FAIL,
-    OK,
-    VARIABLES,
-    WARN,
-    Finding,
-    compare,
-    facts,
-    here,
-    interfaces,
-    meant,
-)
+from pardemo.cluster import meeting
+from pardemo.cluster.desk import Desk
+from pardemo.cluster.doctor import FAIL, OK, VARIABLES, WARN, Finding, here, interfaces, meant
+from pardemo.cluster.meeting import Node
 from pardemo.parameters import Refused
-
-LIMIT = 65536  # bytes of an answer
-
-
-@dataclass(frozen=True)
-class Node:
-    """One of the nodes as the user wrote it, and the address its name has here (None: none)."""
-
-    host: str
-    port: int
-    address: str | None
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
 
 
 def parse(text: str) -> Node:
@@ -52,7 +26,7 @@ def parse(text: str) -> Node:
         raise Refused(f"a node is host:port with a port of 1024 to 65534, not {text[:80]!r}")
     try:
         address = socket.gethostbyname(host)
-    except OSError:
+    except (OSError, UnicodeError):  # a name may be too long to ask for
         address = None
     return Node(host, int(port), address)
 
@@ -60,43 +34,64 @@ def parse(text: str) -> Node:
 def examine(nodes: list[Node], this: int | None, timeout: float, pairs: bool) -> Iterator[Finding]:
     """All findings about this node and its way to the others, as they are made."""
     yield from here()
-    unknown = [Finding(FAIL, f"{n.host} does not resolve here", "add it to DNS or /etc/hosts")
-               for n in nodes if n.address is None]  # fmt: skip
-    yield from unknown
-    if unknown:
-        return
+    wrong = list(_names(nodes))
     index = _this(nodes) if this is None else this
+    if not wrong:
+        wrong = list(_own(nodes, index))
+    yield from wrong
+    if wrong or index is None:
+        return
+    mine = nodes[index]
+    elsewhere = list(_elsewhere(mine)) if len(nodes) > 1 else []
+    yield from elsewhere
+    pairs = pairs and FAIL not in [finding.level for finding in elsewhere]
+    try:
+        desk = Desk(str(mine.address), mine.port, index, [str(node) for node in nodes])
+    except OSError as error:
+        yield _cannot_listen(mine, error)
+        return
+    with desk.open():
+        good = yield from meeting.both_ways(nodes, desk, timeout, pairs)
+        if pairs:
+            yield from all_reduce(nodes, index, timeout, good)
+        deadline = time.monotonic() + timeout
+        while len(desk.told) < len(nodes) - 1 and time.monotonic() < deadline:
+            time.sleep(0.1)  # a slower node has still to ask
+
+
+def _names(nodes: list[Node]) -> Iterator[Finding]:
+    """Names that have no address here, and names that have the same one."""
+    known: dict[tuple[str, int], Node] = {}
+    for node in nodes:
+        if node.address is None:
+            yield Finding(FAIL, f"{node.host} does not resolve here", "add it to DNS or /etc/hosts")
+        elif (other := known.setdefault((node.address, node.port), node)) is not node:
+            yield Finding(
+                FAIL, f"{other} and {node} are both {node.address} here",
+                "name every node once, and correct /etc/hosts or DNS on this node",
+            )  # fmt: skip
+
+
+def _own(nodes: list[Node], index: int | None) -> Iterator[Finding]:
+    """What is wrong with the address at which the others are to find this node."""
+    local = sorted(a for addresses in interfaces().values() for a in addresses)
     if index is None:
-        local = sorted(a for addresses in interfaces().values() for a in addresses)
         yield Finding(
             FAIL, f"none of {', '.join(map(str, nodes))} is an address of this machine "
             f"({', '.join(local)})", "correct the list, or say --this INDEX",
         )  # fmt: skip
-        return
-    mine = nodes[index]
-    if len(nodes) > 1 and str(mine.address).startswith("127."):
+    elif len(nodes) > 1 and str(nodes[index].address).startswith("127."):
         yield Finding(
-            FAIL, f"{mine.host} resolves to {mine.address} here: other nodes cannot reach that",
+            FAIL, f"{nodes[index].host} resolves to {nodes[index].address} here: other nodes "
+            "cannot reach that",
             "correct /etc/hosts on this node, or give the address that the others use",
         )  # fmt: skip
-        return
-    elsewhere = list(_elsewhere(mine)) if len(nodes) > 1 else []
-    yield from elsewhere
-    pairs = pairs and FAIL not in [finding.level for finding in elsewhere]
-    with contextlib.ExitStack() as stack:
-        try:
-            asked = stack.enter_context(serving(mine))
-        except OSError as error:
-            yield _cannot_listen(mine, error)
-            return
-        reached = True
-        for node in (node for node in nodes if node is not mine):
-            reached = (yield from meet(node, timeout)) and reached
-        if pairs and reached:
-            yield from all_reduce(nodes, index, timeout)
-        deadline = time.monotonic() + timeout
-        while len(asked) < len(nodes) - 1 and time.monotonic() < deadline:
-            time.sleep(0.1)  # a slower node has still to ask
+    elif nodes[index].address not in local:
+        yield Finding(
+            FAIL, f"{nodes[index].host} resolves to {nodes[index].address} here, which is no "
+            f"address of this machine ({', '.join(local)})",
+            "correct /etc/hosts or DNS on this node, or --this",
+        )  # fmt: skip
 
 
 def _elsewhere(mine: Node) -> Iterator[Finding]:
@@ -121,35 +116,6 @@ def _this(nodes: list[Node]) -> int | None:
     return next((i for i, node in enumerate(nodes) if node.address in local), None)
 
 
-@contextlib.contextmanager
-def serving(mine: Node) -> Iterator[set[str]]:
-    """Answer every connection to this node's port with its facts and its clock, as JSON.
-
-    Gives the set of addresses that have asked so far.
-    """
-    asked: set[str] = set()
-    with socket.create_server((str(mine.address), mine.port), backlog=128) as server:
-        known, ended = facts(), threading.Event()
-        server.settimeout(0.2)
-
-        def serve() -> None:
-            while not ended.is_set():
-                with contextlib.suppress(OSError):
-                    connection, peer = server.accept()
-                    with connection:
-                        connection.settimeout(5)
-                        connection.sendall(json.dumps({**known, "clock": time.time()}).encode())
-                    asked.add(peer[0])
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        try:
-            yield asked
-        finally:
-            ended.set()
-            thread.join()
-
-
 def _cannot_listen(mine: Node, error: OSError) -> Finding:
     if error.errno != errno.EADDRINUSE:
         return Finding(FAIL, f"cannot listen on {mine}: {error.strerror}", "choose another port")
@@ -160,69 +126,6 @@ def _cannot_listen(mine: Node, error: OSError) -> Finding:
     }
     who = f" by {', '.join(sorted(holders))}" if holders else ""
     return Finding(FAIL, f"port {mine.port} is in use{who}", "end it, or choose another port")
-
-
-class _Silent(Exception):
-    """Somebody listens, and does not answer."""
-
-
-def _answer(connection: socket.socket) -> bytes:
-    """All that the other side sends, until it closes."""
-    data = b""
-    try:
-        while len(data) < LIMIT and (part := connection.recv(4096)):
-            data += part
-    except TimeoutError:
-        raise _Silent from None
-    return data
-
-
-def meet(node: Node, timeout: float) -> Generator[Finding, None, bool]:
-    """Connect to another node until it answers; yields findings, returns whether it was reached."""
-    deadline, last = time.monotonic() + timeout, OSError(errno.ETIMEDOUT, "timed out")
-    while time.monotonic() < deadline:
-        began = time.time()
-        try:
-            with socket.create_connection((str(node.address), node.port), 3) as connection:
-                theirs = json.loads(_answer(connection))
-            offset = theirs["clock"] - (began + time.time()) / 2
-            yield from compare(facts(), theirs, offset)
-            return True
-        except (ValueError, KeyError, TypeError):
-            yield Finding(FAIL, f"{node} answers, but it is no doctor", "choose another port")
-            return False
-        except _Silent:
-            yield Finding(
-                FAIL, f"{node} ({node.address}) takes connections and says nothing: it is no "
-                "doctor, or one that is stopped", "choose another port, or look at it there",
-            )  # fmt: skip
-            return False
-        except OSError as error:
-            last = error
-            time.sleep(0.3)
-    yield _unreachable(node, last, timeout)
-    return False
-
-
-def _unreachable(node: Node, error: OSError, timeout: float) -> Finding:
-    """What the kind of silence means."""
-    if isinstance(error, ConnectionRefusedError):
-        return Finding(
-            FAIL, f"{node} ({node.address}) refuses: nobody listens there for {timeout:.0f} s",
-            "run the same command there at the same time; if it runs, its name or port is another, "
-            "or a firewall rejects the port",
-        )  # fmt: skip
-    if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
-        return Finding(
-            FAIL, f"there is no way to {node} ({node.address}): {error.strerror}",
-            "the address is of another network, the cable or the node is down, or a firewall "
-            "rejects: compare `ip route get ADDRESS` on both",
-        )  # fmt: skip
-    return Finding(
-        FAIL, f"{node} ({node.address}) does not answer: packets are dropped",
-        "a firewall drops them (open the ports between the nodes, torch uses any), the name leads "
-        "to the wrong interface, or the node is down",
-    )  # fmt: skip
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
@@ -236,9 +139,13 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
     return made
 
 
-def all_reduce(nodes: list[Node], index: int, timeout: float) -> Iterator[Finding]:
-    """A real 2-rank all-reduce with every other node, in the order all nodes agree on."""
+def all_reduce(
+    nodes: list[Node], index: int, timeout: float, good: Collection[int]
+) -> Iterator[Finding]:
+    """A real 2-rank all-reduce with each of the `good` nodes, in the order all nodes agree on."""
     for pair in (pair for made in rounds(len(nodes)) for pair in made if index in pair):
+        if pair[1 - pair.index(index)] not in good:
+            continue
         host, other = nodes[pair[0]], nodes[pair[1 - pair.index(index)]]
         argv = [sys.executable, "-m", "pardemo.cluster.pair", str(pair.index(index))]
         argv += [str(host.address), str(host.port + 1), str(timeout)]

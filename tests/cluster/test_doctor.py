@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pardemo.cluster import Nodes, doctor, reach
+from pardemo.cluster import Nodes, desk, doctor, meeting, reach
 from pardemo.parameters import Refused
 
 ROOT = Path(__file__).parents[2]
@@ -118,12 +120,145 @@ def test_a_firewall_that_drops_is_told_from_a_node_that_is_not_ready(lab: Nodes)
     assert lab.run(1, ["ip", "rule", "add", *rule]).returncode == 0
     reports = examine(lab, "--timeout-s", "6", "--no-pairs")
     lab.run(1, ["ip", "rule", "del", *rule])
-    assert "FAIL  node1:29400 (10.77.0.2) does not answer: packets are dropped" in reports[0][1]
-    assert "-> a firewall drops them" in reports[0][1]
+    said = "FAIL  a connection from here to node1:29400 (10.77.0.2) is silent, packets are dropped"
+    assert f"{said}, while node1 connects to this node: one direction is closed" in reports[0][1]
+    assert "FAIL  node0:29400 cannot connect to this node: port 29400 is silent" in reports[1][1]
+    for _, text in reports:
+        assert "-> on node1 let node0 in on every TCP port: iptables -I INPUT -s 10.77.0.1" in text
+        assert text.count("FAIL") == 1
     ((code, text),) = examine(lab, "--timeout-s", "2", alone=0)
     assert code == 1
     assert "FAIL  node1:29400 (10.77.0.2) refuses: nobody listens there for 2 s" in text
     assert "-> run the same command there at the same time" in text
+
+
+@pytest.fixture
+def filtered(lab: Nodes, need: Callable[[str, str], str]) -> Iterator[Callable[[int, str], None]]:
+    """A firewall on a node: `words` are hook, match and verdict, for the first packet only."""
+    nft = need("nft", "nftables")
+
+    def drop(node: int, words: str) -> None:
+        hook, rule = words.split(" ", 1)
+        for line in (
+            "add table ip planted",
+            f"add chain ip planted {hook} {{ type filter hook {hook} priority 0; }}",
+            f"add rule ip planted {hook} tcp flags & (syn|ack) == syn {rule}",
+        ):
+            done = lab.run(node, [nft, line])
+            assert done.returncode == 0, done.stderr
+
+    yield drop
+    for node in range(2):
+        lab.run(node, [nft, "delete table ip planted"])
+
+
+HIGH = "tcp dport 32768-60999 drop"  # what the kernel gives to those who ask for any port
+
+
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [
+        (0, f"input {HIGH}"), pytest.param(1, f"input {HIGH}", marks=pytest.mark.soak),
+        pytest.param(1, f"output {HIGH}", marks=pytest.mark.soak),
+    ],
+)  # fmt: skip
+def test_a_firewall_that_lets_only_known_ports_in_is_found_from_both_ends(
+    lab: Nodes, filtered: Callable[[int, str], None], node: int, words: str
+) -> None:
+    filtered(node, words)
+    closed = node if words.startswith("input") else 1 - node
+    reports = examine(lab, "--timeout-s", "6")
+    dials, listens = reports[1 - closed], reports[closed]
+    assert (dials[0], listens[0]) == (1, 1)
+    assert f"FAIL  node{closed}:29400 answers, but a connection from here to another of" in dials[1]
+    assert "is silent, packets are dropped: gloo and nccl use any port" in dials[1]
+    assert f"FAIL  node{1 - closed}:29400 cannot connect to this node: port 29400 ans" in listens[1]
+    for _, text in reports:
+        assert f"-> on node{closed} let node{1 - closed} in on every TCP port: iptables" in text
+        assert text.count("FAIL") == 1
+        assert "all-reduce" not in text
+
+
+@pytest.mark.parametrize("chains", [["input"], ["input", "output"]])
+@pytest.mark.soak
+def test_a_firewall_that_rejects_is_found(
+    lab: Nodes, filtered: Callable[[int, str], None], chains: list[str]
+) -> None:
+    for chain in chains:
+        filtered(1, f"{chain} tcp dport 29400 reject with tcp reset")
+    (_, dials), (_, listens) = examine(lab, "--timeout-s", "4")
+    if len(chains) == 2:  # neither can know that the other is there
+        assert "FAIL  node1:29400 (10.77.0.2) refuses: nobody listens there for 4 s" in dials
+        assert "FAIL  node0:29400 (10.77.0.1) refuses: nobody listens there for 4 s" in listens
+        return
+    assert "FAIL  a connection from here to node1:29400 (10.77.0.2) refuses, while node1" in dials
+    assert "FAIL  node0:29400 cannot connect to this node: port 29400 refuses" in listens
+
+
+def test_a_name_that_leads_to_another_node_is_found(lab: Nodes, hosts: None) -> None:
+    lab.run(0, ["sh", "-c", "printf '10.77.0.2 node0\\n10.77.0.1 node1\\n' > /etc/hosts"])
+    (_, one), (_, two) = examine(lab, "--timeout-s", "4")  # each finds itself by address
+    assert "FAIL  node0:29400 is 10.77.0.2 here, and there node1:29400 answers" in one
+    assert "FAIL  node0:29400 is 10.77.0.1 here, and there node1:29400 answers" in two
+
+
+def nodes_at(*addresses: str | None, port: int = 29400) -> list[meeting.Node]:
+    return [meeting.Node(f"n{n}", port, address) for n, address in enumerate(addresses)]
+
+
+def test_names_of_the_own_node_and_of_others_are_looked_at_first() -> None:
+    texts = [f.text for f in reach._names(nodes_at("10.0.0.1", None, "10.0.0.1", "10.0.0.2"))]
+    assert texts == ["n1 does not resolve here", "n0:29400 and n2:29400 are both 10.0.0.1 here"]
+    (finding,) = reach._own(nodes_at("10.77.77.77", "10.0.0.2"), 0)
+    assert "n0 resolves to 10.77.77.77 here, which is no address of this machine" in finding.text
+    assert reach.parse(f"{'a' * 70}.example:29400").address is None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_doctors_with_other_lists_of_nodes_say_so() -> None:
+    nodes = [*nodes_at("127.0.0.1", port=free_port()), *nodes_at("127.0.0.1", port=free_port())]
+    names = [str(node) for node in nodes]
+    other = desk.Desk("127.0.0.1", nodes[1].port, 1, [*names, "n2:29400"])
+    with other.open(), desk.Desk("127.0.0.1", nodes[0].port, 0, names).open() as mine:
+        (finding,) = meeting.meet(nodes[1], 1, nodes, mine, 5)
+    assert finding.text == f"{nodes[1]} was given other nodes: {' '.join(names)} n2:29400"
+    assert other.asked == {0}
+    assert other.told == set()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", b"[]", b"[" * 60_000, b'{"facts": 1}',
+        json.dumps(
+            {
+                "facts": {"host": "\x1b[2J", "python": "3", "torch": "2", "nccl": "", "gpus": 0},
+                "clock": 0, "index": 1, "nodes": [], "port": 1, "verdict": None, "pairs": True,
+            }
+        ).encode(),
+    ],
+)  # fmt: skip
+def test_whatever_else_answers_is_no_doctor(said: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        nodes = nodes_at("127.0.0.1", "127.0.0.1", port=server.getsockname()[1])
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(64)
+                connection.sendall(said)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        mine = desk.Desk("127.0.0.1", 0, 0, [str(node) for node in nodes])
+        (finding,) = meeting.meet(nodes[1], 1, nodes, mine, 1.0)
+        thread.join()
+    assert finding.text.endswith("answers, but it is no doctor")
 
 
 def test_a_pulled_cable_is_found(lab: Nodes) -> None:
@@ -195,13 +330,14 @@ def test_another_version_and_another_clock_on_a_node_are_found(lab: Nodes) -> No
 
 def test_whoever_listens_and_says_nothing_is_no_firewall() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        node = reach.Node("n1", silent.getsockname()[1], "127.0.0.1")
-        (finding,) = reach.meet(node, 1.0)
+        nodes = nodes_at("127.0.0.1", "127.0.0.1", port=silent.getsockname()[1])
+        here = desk.Desk("127.0.0.1", 0, 0, list(map(str, nodes)))
+        (finding,) = meeting.meet(nodes[1], 1, nodes, here, 1.0)
     assert "takes connections and says nothing: it is no doctor" in finding.text
 
 
 def test_an_all_reduce_that_finds_its_port_taken_says_which() -> None:
-    node = reach.Node("n0", 29400, "10.0.0.1")
+    node = meeting.Node("n0", 29400, "10.0.0.1")
     assert "port 29401 is in use on n0" in reach._advice("DistNetworkError EADDRINUSE ...", node)
     assert "set GLOO_SOCKET_IFNAME" in reach._advice("connectFullMesh failed", node)
 
