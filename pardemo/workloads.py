@@ -170,6 +170,13 @@ def _own(name: str) -> Workload:
             f"{name}: {sparse[0]} makes sparse gradients, which the optimiser here, AdamW, refuses "
             "in one process already: make it with sparse=False"
         )
+    if not torch.cuda.is_available() and any(
+        isinstance(m, nn.SyncBatchNorm) for m in model.modules()
+    ):
+        raise ValueError(
+            f"{name}: nn.SyncBatchNorm refuses CPU tensors: hand over nn.BatchNorm, which every "
+            "strategy that splits the batch makes look at all of it"
+        )
     size = _length(batch)
     return Workload(name, partial(_own_model, make), partial(_own_batch, make), loss, adamw, size)
 

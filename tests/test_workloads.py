@@ -95,3 +95,14 @@ def test_what_a_callable_returns_wrongly_is_named(mine: Any, answer: Any, said: 
         workload("my_package:make")
     with pytest.raises(ValueError, match="cannot be loaded"):
         workload("my_package:missing")
+
+
+def test_a_batchnorm_that_only_gpus_can_run_is_refused_without_one(
+    mine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine.make = lambda: (nn.SyncBatchNorm(3), F.mse_loss, (torch.ones(4, 3), torch.ones(4, 3)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="SyncBatchNorm refuses CPU tensors: hand over"):
+        workload("my_package:make")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert workload("my_package:make").batch_size == 4

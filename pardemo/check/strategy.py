@@ -59,16 +59,40 @@ def strategy(
             [train(*arguments, alone=True)] if devices == 1 else list(run(train, *arguments))
         )
     except RankFailed as error:
-        said = _REFUSED.match(str(error))
-        if said is None:
+        refused = _REFUSED.match(str(error))
+        if refused is None:
             raise
-        raise StrategyError(f"{row.name} cannot train {work.name}: {said[1]}") from error
+        raise StrategyError(f"{row.name} cannot train {work.name}: {refused[1]}") from error
     reference = train(strategies.get("single"), work, sizes, dtype, (), {}, alone=True)
     notes = tuple(dict.fromkeys(note for trace in results for note in trace.notes))
-    return _told(same(results, reference, tolerance), notes, work.make_model(0))
+    said = same(results, reference, tolerance)
+    splits = not set(row.axes or ("dp",)) <= {"tp", "cp"}
+    if not said and splits and (why := no_mean(work, max(sizes))):
+        raise StrategyError(f"{row.name} cannot train {work.name}: {why}")
+    return _told(said, notes, work.make_model(0))
 
 
 _REFUSED = re.compile(r"rank \d+ of \d+ raised StrategyError: (.*)")
+
+
+@torch.no_grad()
+def no_mean(work: Workload, size: int) -> str:
+    """Why a batch's loss is not the mean over its parts, which all that split it need; else ""."""
+    model = work.make_model(0).double().train(False)
+    batch = cast(work.make_batch(size, 0, 0), torch.float64)
+    parts = [base.map_tensors(lambda t: t[:1], batch), base.map_tensors(lambda t: t[1:], batch)]
+    whole, one, rest = (
+        float(work.loss(base.call(model, inputs), targets)) for inputs, targets in [batch, *parts]
+    )
+    mean = (one + (size - 1) * rest) / size
+    if abs(whole - mean) <= 1e-7 * max(abs(whole), abs(mean)):
+        return ""
+    return (
+        f"the loss of {size} samples is {whole:.6g}, but the mean of one and the rest is "
+        f"{mean:.6g}, so ranks that split a batch train something else: dim 0 of every tensor must "
+        "count samples (batch_first=True in torch's layers), and the loss be a mean over them, "
+        "each weighing the same"
+    )
 
 
 def _told(said: Verdict, notes: tuple[str, ...], model: nn.Module) -> Verdict:

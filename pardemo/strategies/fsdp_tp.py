@@ -40,6 +40,7 @@ def build(
 def _shard(model: nn.Module, mesh: Any, names: Sequence[str] | None, reshard: bool) -> None:
     for _, unit in units.find(model, names):
         fully_shard(unit, mesh=mesh["dp"], reshard_after_forward=reshard)
+        units.take_no_views(unit)
     fully_shard(model, mesh=mesh["dp"], reshard_after_forward=reshard)
 
 

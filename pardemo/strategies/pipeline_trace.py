@@ -17,6 +17,22 @@ from pardemo.strategies import base
 from pardemo.strategies.pipeline_split import places, ranges, shadows, use_masks_as_given
 
 
+class Inside(nn.Module):
+    """A model one level down, so that its own tensors have names that no operator has.
+
+    torch's tracer loses a tensor of the outermost module that is called as an operator is: a
+    buffer `mean` in a model that takes a mean.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any) -> Any:
+        """What the model returns."""
+        return self.model(*args)
+
+
 class Relay(nn.Module):
     """One stage of a traced model; values that only later stages need are handed through.
 
@@ -85,7 +101,7 @@ def traced(
     parts.sort(key=lambda part: list(calls).index(part[0]))
     wanted = [cost[name] for name, _ in parts]
     starts = [parts[span[0]][0] for span in ranges(parts, stages, starts, wanted)[1:]]
-    spec = dict.fromkeys(starts, SplitPoint.BEGINNING)
+    spec = {f"model.{start}": SplitPoint.BEGINNING for start in starts}
     try:
         with (
             warnings.catch_warnings(),
@@ -93,8 +109,9 @@ def traced(
             use_masks_as_given(),
         ):
             warnings.simplefilter("ignore")  # torch's own deprecations inside the tracer
-            pipe = pipeline(model, inputs, split_spec=spec)
-            _share(pipe.split_gm, model)
+            whole = Inside(model)
+            pipe = pipeline(whole, inputs, split_spec=spec)
+            _share(pipe.split_gm, whole)
             return _relays(pipe.split_gm)
     except Exception as error:  # torch.export raises its own kinds; the reader needs the way out
         raise _cannot_follow(model, error) from error

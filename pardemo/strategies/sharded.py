@@ -218,6 +218,7 @@ def _fully_shard(model: nn.Module, parts: list[Any], mesh: DeviceMesh, choices: 
                 fully_shard(module, **settings_norm)  # its statistics stay in float32
     for unit in parts:
         fully_shard(unit, reshard_after_forward=choices.reshard_after_forward, **settings)
+        units.take_no_views(unit)
     settings["mp_policy"] = _precision(choices, output=True)
     fully_shard(model, reshard_after_forward=False, **settings)  # its backward comes first
     for i, unit in enumerate(parts) if choices.prefetch else ():

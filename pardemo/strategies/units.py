@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from pardemo.strategies.cut import StrategyError
+from pardemo.strategies.base import map_tensors
+from pardemo.strategies.cut import StrategyError, no_view
 
 SMALLEST = 0.1  # share of the largest candidate below which a part joins the root
 
@@ -91,6 +93,18 @@ def _shares(model: nn.Module, unit: nn.Module, others: dict[nn.Module, str]) -> 
         if module not in inside and mine & set(module._parameters.values()):
             return True
     return any(inside & set(o.modules()) for o in others if o is not unit and o not in inside)
+
+
+def take_no_views(unit: nn.Module) -> None:
+    """FSDP hands a unit views of its inputs, which it could not change in place, as ReLU may."""
+
+    def alone(value: torch.Tensor) -> torch.Tensor:
+        return value if isinstance(value, DTensor) else no_view(value)
+
+    def own(_: nn.Module, args: Any, named: Any) -> Any:
+        return map_tensors(alone, args), map_tensors(alone, named)
+
+    unit.register_forward_pre_hook(own, with_kwargs=True)
 
 
 def recompute(units: Sequence[tuple[str, nn.Module]], mode: str) -> None:

@@ -48,6 +48,12 @@ def test_rounding_is_tolerated_relative_to_the_tensors_scale_and_no_more() -> No
     assert same([{"w": exact["w"] + 1e-4}], exact, tolerance=1e-6)
 
 
+def test_rounding_that_adamw_makes_larger_is_no_drift_and_a_small_step_is() -> None:
+    began_at_zero = {"in_proj_bias": torch.full((3,), 1e-3, dtype=torch.float64)}
+    assert same([{"in_proj_bias": began_at_zero["in_proj_bias"] + 1e-11}], began_at_zero)
+    assert not same([{"in_proj_bias": began_at_zero["in_proj_bias"] + 1e-9}], began_at_zero)
+
+
 def test_a_nan_on_one_side_is_never_the_same() -> None:
     assert not same([state(float("nan"))], state())
 

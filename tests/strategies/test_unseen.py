@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -98,6 +100,7 @@ def test_every_strategy_equals_one_process_or_says_in_one_line_why_not(
         ("pipeline", "in_place"),
         ("model_parallel", "in_place"),
         ("tensor", "in_place"),
+        ("fsdp", "in_place"),
     ],
 )
 def test_two_ranks_equal_one_process(ranks2: Ranks, strategy: str, name: str) -> None:
@@ -155,6 +158,16 @@ def test_a_buffer_that_averages_a_part_of_the_batch_is_explained(ranks2: Ranks) 
     said = check.strategy("ddp", own("own_average"), 2, 1, ranks=ranks2)
     assert not said
     assert "seen is a buffer that the model updates from the samples it sees" in said.text
+
+
+def test_a_loss_that_is_no_mean_over_samples_is_refused_where_the_batch_is_split(
+    ranks2: Ranks,
+) -> None:
+    summed = replace(own("sequential"), loss=partial(F.cross_entropy, reduction="sum"))
+    for strategy in ("ddp", "pipeline"):
+        with pytest.raises(StrategyError, match="ranks that split a batch train something else"):
+            check.strategy(strategy, summed, 2, 1, batch_size=4, ranks=ranks2)
+    assert check.strategy("tensor", summed, 2, 1, batch_size=4, ranks=ranks2)
 
 
 def test_what_a_tracer_cannot_follow_is_refused_in_one_line(ranks2: Ranks) -> None:
