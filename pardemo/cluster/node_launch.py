@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from pardemo.launch import family
 from pardemo.launch.api import Ranks
+from pardemo.launch.leftovers import temporary_folder
 from pardemo.launch.results import Results
-from pardemo.launch.servers import Started, _open_ends, temporary_folder
+from pardemo.launch.servers import Started, _open_ends
 from pardemo.parameters import Refused
 
 if TYPE_CHECKING:

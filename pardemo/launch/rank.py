@@ -15,7 +15,6 @@ import multiprocessing.process
 import os
 import queue
 import random
-import shutil
 import signal
 import socket
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pardemo.launch import family, inside, pickling, progress, wire
+from pardemo.launch import family, inside, leftovers, pickling, progress, wire
 
 
 def main(
@@ -45,6 +44,7 @@ def main(
     if folder:
         config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
         config["tempdir"] = folder
+        leftovers.note(folder)
     Rank(rank, socket.socket(fileno=control_fd), folder).serve()
     os._exit(0)
 
@@ -98,7 +98,7 @@ class Rank:
             else:
                 self.inbox.put(message)
         if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            leftovers.clear(self.folder)
         family.kill(os.getpid())  # the kernel is gone, or has dropped this group
 
     def _run(self, message: wire.Message) -> bool:

@@ -13,11 +13,9 @@ import multiprocessing.connection as mpc
 import os
 import resource
 import select
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,7 +24,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-from pardemo.launch import family, watch
+from pardemo.launch import family, leftovers, watch
 from pardemo.launch import rank as rank_module
 
 _FDS_PER_RANK = 4  # a socket and three pipes
@@ -100,16 +98,6 @@ def _open_ends(nprocs: int) -> tuple[list[RankEnd], list[list[int]]]:
     return ends, theirs
 
 
-def temporary_folder() -> str:
-    """Where multiprocessing in the ranks keeps its sockets: a killed rank leaves them behind, so
-    whoever outlives the group removes the folder. Empty where none can be made. Its name is
-    shorter than multiprocessing's own: a socket's path may have 107 characters."""
-    try:
-        return tempfile.mkdtemp(prefix="pd-")
-    except OSError:
-        return ""
-
-
 class ForkServer:
     """This kernel's fork server process; started by the first use, ended by the kernel's end."""
 
@@ -159,7 +147,7 @@ class ForkServer:
         """Fork `nprocs` ranks."""
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ends, theirs = _open_ends(nprocs)
-        folder = temporary_folder()
+        folder = leftovers.temporary_folder()
         socket.send_fds(self.sock, [b"group"], [there.fileno()])
         there.close()
         for rank, fds in enumerate(theirs):
@@ -172,7 +160,7 @@ class ForkServer:
 
         def release() -> None:
             here.close()
-            shutil.rmtree(folder, ignore_errors=True)
+            leftovers.clear(folder)
 
         return Started(ends, watched, functools.partial(_end, here), release)
 
@@ -234,7 +222,7 @@ def spawn(nprocs: int) -> Started:
     """Start ranks with torch.multiprocessing.spawn: slower, and works wherever torch does."""
     ends, theirs = _open_ends(nprocs)
     connections = [[mpc.Connection(fd) for fd in fds] for fds in theirs]
-    folder = temporary_folder()
+    folder = leftovers.temporary_folder()
     with _main_hidden():
         arguments = (connections, os.getpid(), folder)
         context = mp.spawn(_spawned, args=arguments, nprocs=nprocs, join=False)
@@ -259,7 +247,7 @@ def spawn(nprocs: int) -> Started:
             if end != process.sentinel:
                 os.close(end)
             process.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        leftovers.clear(folder)
 
     watched = [family.death_of(process) for process in processes]
     readings: dict[int, Reading] = {

@@ -21,7 +21,6 @@ import importlib
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -31,7 +30,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from pardemo.launch import family
+from pardemo.launch import family, leftovers
 from pardemo.launch import rank as rank_module
 
 # A rank that uses these finds them loaded; together with torch they cost seconds to import.
@@ -170,7 +169,7 @@ class ForkServer:
         for process in group.processes.values():
             process.join()
         self._bury(group, list(group.processes))
-        shutil.rmtree(group.folder, ignore_errors=True)
+        leftovers.clear(group.folder)
         del self.groups[group.sock.fileno()]
         group.sock.close()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import resource
 import signal
 import time
+from multiprocessing import shared_memory
 from pathlib import Path
 
 import torch
@@ -122,6 +124,31 @@ def leaves_a_daemon(folder: str, how: str) -> None:
         if how == "raises":
             raise ValueError("planted")
     total()
+
+
+def leaves_memory(how: str) -> list[str]:
+    """Make shared memory and a semaphore of each kind that has a name, in rank 1 and in a child of
+    it; end as `how` says. The names in /dev/shm that are there then."""
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    kept: list[object] = []
+
+    def make() -> None:
+        kept.append(shared_memory.SharedMemory(create=True, size=4096))
+        kept.append(multiprocessing.get_context("spawn").Semaphore())
+        kept.append(torch.ones(1000).share_memory_())
+
+    if dist.get_rank() == 1:
+        make()
+        if os.fork() == 0:
+            make()
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.wait()
+        if how == "raises":
+            raise ValueError("planted")
+        if how == "dies":
+            os._exit(1)
+    total()
+    return os.listdir("/dev/shm")
 
 
 def values() -> torch.Tensor:

@@ -29,6 +29,7 @@ from .launcher_work import (
     drags,
     imports_for_ever,
     leaves_a_daemon,
+    leaves_memory,
     many_sums,
     other_order,
     other_shape,
@@ -365,6 +366,24 @@ def test_what_ranks_started_ends_with_a_fork_server_that_is_killed(tmp_path: Pat
         assert len(daemons) == 4
         servers.fork_server().process.kill()
         assert gone_within(daemons, WITHIN_S) == []
+
+
+MAKERS = [("forkserver", "returns"), ("forkserver", "raises"), ("spawn", "dies")]
+
+
+@pytest.mark.parametrize(("start", "how"), MAKERS)
+def test_shared_memory_that_a_rank_made_ends_with_it(tmp_path: Path, start: str, how: str) -> None:
+    """The folder of torch's own manager of shared memory stays, with a socket in it."""
+    before = set(os.listdir("/dev/shm"))
+    with nothing_left(tmp_path) as temporary:
+        if how == "returns":
+            there = launch(leaves_memory, how, nprocs=2, start=start, echo=False)[1]
+            kinds = {name.replace(".", "_").split("_")[0] for name in set(there) - before}
+            assert kinds >= {"psm", "sem", "torch"}
+        else:
+            blamed(leaves_memory, how, start=start)
+        for torchs in temporary.glob("torch-shm-dir-*"):
+            shutil.rmtree(torchs)
 
 
 BLOCKED = """
