@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pardemo.launch import Ranks
 from pardemo.machine import Machine, machine
@@ -29,6 +28,7 @@ from pardemo.measure.calibrate_parts import (
     MANY,
     PAIRS,
     PIECES,
+    SHORT,
     UNITS,
     LayerPart,
     adam,
@@ -50,6 +50,14 @@ SIZES = (4096, 65536, 1048576, 8388608)
 PARAMETERS = (10_000, 1_000_000)
 LEAST_S = 1e-7  # a transfer that costs nothing that can be seen
 BESIDE = ("all_reduce", "all_to_all")  # also timed while a rank computes: buckets and rings
+AMID, SOON, HIDDEN = "", " soon", " beside"  # after a long piece, a short one, during a long one
+HOW = {
+    AMID: Amid(piece(), PIECES),
+    SOON: Amid(piece(SHORT), PIECES),
+    HIDDEN: Amid(piece(), PIECES, beside=True),
+}
+MOST_SOON = 1048576  # bytes; larger ones take longer than any gap
+TURNS = 3  # of the pieces alone in a round: all else is told from their difference
 
 
 def calibrate(
@@ -100,23 +108,20 @@ def calibrate(
 
 def _cases(worlds: Sequence[int], sizes: Sequence[int], kinds: Sequence[str]) -> dict[str, Case]:
     cases = {
-        f"{kind} {n} {size}": Case(handed_round(size), ranks=n)
-        if kind == "broadcast"
-        else collective(kind, size, ranks=n, amid=Amid(piece, PIECES))
+        f"{kind} {n} {size}{how}": Case(handed_round(size), ranks=n)
+        if kind == "broadcast" and how == AMID
+        else collective(kind, size, ranks=n, amid=amid)
+        for how, amid in HOW.items()
         for kind in kinds
+        if how != HIDDEN or kind in BESIDE
         for n in worlds
         for size in sizes
+        if how != SOON or size <= MOST_SOON
     }
-    cases |= {
-        f"{kind} {n} {size} beside": collective(
-            kind, size, ranks=n, amid=Amid(piece, PIECES, beside=True)
-        )
-        for kind in kinds
-        if kind in BESIDE
-        for n in worlds
-        for size in sizes
-    }
-    cases |= {f"pieces {n}": Case(pieces, ranks=n) for n in worlds}
+    for n in worlds:
+        for turn in range(TURNS):
+            cases[f"pieces {n} {turn}"] = Case(pieces(), ranks=n)
+            cases[f"pieces {n} {turn}{SOON}"] = Case(pieces(SHORT), ranks=n)
     for layer in LAYERS:
         cases[f"{layer} forward"] = Case(LayerPart(layer, backward=False))
         cases[f"{layer} both"] = Case(LayerPart(layer, backward=True))
@@ -130,11 +135,6 @@ def _cases(worlds: Sequence[int], sizes: Sequence[int], kinds: Sequence[str]) ->
             cases[f"units of {count}"] = Case(units(count, sharded=False), ranks=worlds[0])
             cases[f"fsdp units of {count}"] = Case(units(count, sharded=True), ranks=worlds[0])
     return cases
-
-
-def _operations(kind: str) -> int:
-    """How many of them are in one sample."""
-    return IN_FLIGHT if kind == "broadcast" else PIECES
 
 
 def _about(here: Machine, name: str, load: Sequence[str]) -> dict[str, Any]:
@@ -168,30 +168,40 @@ def _collectives(found: Comparison, kinds: Sequence[str]) -> list[dict[str, Any]
     """What each operation adds to the pieces of computation around it, per operation.
 
     A mean, not a median: some take a tick of the kernel longer than others, and in a step with many
-    of them it is the means that add up. Never below zero, nor below what a curve can hold.
+    of them it is the means that add up. Paired by round; never below what a curve can hold.
     """
     rows = []
     for name in found.timings:
         kind, *rest = name.split()
         if kind not in kinds:
             continue
-        n, size, beside = int(rest[0]), int(rest[1]), rest[2:] == ["beside"]
-        alone = _middle_mean(np.concatenate(found.samples.rounds(f"pieces {n}")))
-        rounds = [(r - alone) / _operations(kind) for r in found.samples.rounds(name)]
+        how = "".join(f" {word}" for word in rest[2:])
+        count = IN_FLIGHT if kind == "broadcast" and how == AMID else PIECES
+        alone = _pieces(found, int(rest[0]), how)
+        each = [
+            (float(np.mean(r)) - a) / count
+            for r, a in zip(found.samples.rounds(name), alone, strict=True)
+        ]
         row: dict[str, Any] = {
-            "collective": kind, "ranks": n, "nodes": 1, "size_bytes": size,
-            "time_s": max(LEAST_S, _middle_mean(np.concatenate(rounds))),
-            "status": found[name].status,
-            "rounds_s": [max(LEAST_S, float(np.mean(r))) for r in rounds],
+            "collective": kind, "ranks": int(rest[0]), "nodes": 1, "size_bytes": int(rest[1]),
+            "time_s": max(LEAST_S, _middle_mean(each)), "status": found[name].status,
+            "rounds_s": [max(LEAST_S, s) for s in each], "gap_s": _middle_mean(alone) / PIECES,
         }  # fmt: skip
-        rows.append(row | {"beside": True} if beside else row)
+        rows.append(row | ({"how": how.strip()} if how else {}))
     return rows
 
 
-def _middle_mean(samples: NDArray[np.float64]) -> float:
-    """The mean of all but the tenth at each end, which a single disturbance may have made."""
-    cut = len(samples) // 10
-    return float(np.sort(samples)[cut : len(samples) - cut].mean())
+def _pieces(found: Comparison, ranks: int, how: str) -> list[float]:
+    """Seconds of the pieces alone in every round, the mean of their turns."""
+    soon = SOON if how == SOON else ""
+    turns = [found.samples.rounds(f"pieces {ranks} {turn}{soon}") for turn in range(TURNS)]
+    return [float(np.mean(np.concatenate(one))) for one in zip(*turns, strict=True)]
+
+
+def _middle_mean(values: Sequence[float]) -> float:
+    """The mean of all but a fifth at each end, which a disturbance may have made."""
+    cut = len(values) // 5
+    return float(np.sort(values)[cut : len(values) - cut].mean())
 
 
 def _compute(found: Comparison) -> list[dict[str, Any]]:

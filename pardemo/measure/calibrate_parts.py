@@ -109,35 +109,46 @@ class adam:
 
 
 PIECES = 4  # in one sample
+LONG, SHORT = 12, 1  # products in a piece: some milliseconds of a CPU's core, or a fraction of one
 
 
-def piece() -> Callable[[], object]:
-    """A piece of computation such as stands between two messages of a step: some milliseconds.
+class piece:
+    """piece(n)() makes a piece of computation such as stands between two messages of a step.
 
     Matrix products and element by element work over a few megabytes. A rank that comes from it has
     cold caches and a used-up slice of its core, a little earlier or later than the others.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows, width, times = (8192, 1024, 8) if device == "cuda" else (1024, 128, 12)
-    a, b = torch.randn(rows, width, device=device), torch.randn(width, width, device=device)
-    kept = [torch.empty_like(a) for _ in range(times)]
 
-    def compute() -> None:
-        for out in kept:
-            out.copy_(nn.functional.gelu(a @ b))
+    def __init__(self, products: int = LONG) -> None:
+        self.products = products
 
-    return compute
+    def __call__(self) -> Callable[[], object]:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        rows, width = (8192, 1024) if device == "cuda" else (1024, 128)
+        a, b = torch.randn(rows, width, device=device), torch.randn(width, width, device=device)
+        kept = [torch.empty_like(a) for _ in range(self.products)]
+
+        def compute() -> None:
+            for out in kept:
+                out.copy_(nn.functional.gelu(a @ b))
+
+        return compute
 
 
-def pieces(mesh: Any) -> Callable[[], object]:
-    """make() of the PIECES of computation alone."""
-    compute = piece()
+class pieces:
+    """make() of PIECES pieces of computation alone."""
 
-    def step() -> None:
-        for _ in range(PIECES):
-            compute()
+    def __init__(self, products: int = LONG) -> None:
+        self.products = products
 
-    return step
+    def __call__(self, mesh: Any) -> Callable[[], object]:
+        compute = piece(self.products)()
+
+        def step() -> None:
+            for _ in range(PIECES):
+                compute()
+
+        return step
 
 
 IN_FLIGHT = 16
@@ -157,7 +168,7 @@ class handed_round:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         sent = [torch.ones(max(1, self.size_bytes // 4), device=device) for _ in range(IN_FLIGHT)]
         roots = sorted(i % group.size() for i in range(IN_FLIGHT))
-        compute = pieces(mesh)
+        compute = pieces()(mesh)
 
         def step() -> None:
             compute()

@@ -9,8 +9,8 @@ Schema "pardemo-profile/1" (times in seconds, sizes in bytes, rates per second):
     peak_flops         {"float32": ..., "bfloat16": ...}, and peak_source "measured" | "data sheet"
     memory_bandwidth   bytes/s of one device
     links              {"node": bytes/s per device and direction, "network": the same, 0 if none}
-    collectives        [{collective, ranks, nodes, size_bytes, time_s, rounds_s?: [..],
-                       beside?: true when it was under way while the rank computed}]
+    collectives        [{collective, ranks, nodes, size_bytes, time_s, rounds_s?: [..], gap_s?:
+                       computation before it, how?: "soon" after the last one, "beside" computing}]
     compute            [{kind, flops, forward_s, backward_s, rounds_s?: [[f, b], ..]}], kind linear,
                        conv, attention (fused), scores (attention by single operators), norm,
                        embedding, whole (a whole model: forward + backward)
@@ -85,14 +85,14 @@ class Profile:
         """How a prediction names its evidence."""
         return f"profile {self.name} {self.date}"
 
-    def curves(self, beside: bool = False) -> CurveSet:
+    def curves(self, how: str = "") -> CurveSet:
         """One interpolated curve per (collective, ranks, nodes).
 
-        `beside`: what they cost a rank that computes meanwhile, for those timed so too.
+        `how`: "soon" or "beside" for the ones that were timed so (see `collectives` above).
         """
         groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
         for row in self.collectives:
-            if bool(row.get("beside")) != beside:
+            if row.get("how", "") != how:
                 continue
             key = (kind_of(row["collective"]), int(row["ranks"]), int(row.get("nodes", 1)))
             groups.setdefault(key, []).append(row)
@@ -100,6 +100,11 @@ class Profile:
             Curve(*key, [r["size_bytes"] for r in rows], [r["time_s"] for r in rows])
             for key, rows in groups.items()
         )
+
+    def gap_s(self, how: str = "") -> float:
+        """Seconds of computation before each collective that was timed so; 0 where not recorded."""
+        gaps = [r["gap_s"] for r in self.collectives if r.get("how", "") == how and "gap_s" in r]
+        return sum(gaps) / len(gaps) if gaps else 0.0
 
     def peak(self, dtype: str = "bfloat16") -> float:
         """Peak FLOP/s of one device in `dtype`; ProfileError when it was not recorded."""
@@ -192,6 +197,7 @@ def _rows(rows: object, keys: tuple[str, ...], where: str) -> None:
         if missing:
             raise ProfileError(f"{where}[{i}]: missing {missing}")
         counted = {k: row[k] for k in keys if k not in ("collective", "kind")}
+        counted |= {"gap_s": row.get("gap_s", 0)}
         _numbers(counted | {"nodes": row.get("nodes", 1)}, f"{where}[{i}]")
         if "collective" in row:
             try:

@@ -7,6 +7,7 @@ where ranks share cores; there `overlap.slowdown` says how much more a transfer 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,22 +57,39 @@ def compute_seconds(layers: Layers, batch: float, profile: Profile) -> tuple[flo
     return forward, backward, f"extrapolated: {text}" if outside else text
 
 
-def transfer_seconds(sent: SentBytes, ranks: int, nodes: int, profile: Profile) -> list[Term]:
+def transfer_seconds(
+    sent: SentBytes, ranks: int, nodes: int, profile: Profile, gap_s: float = math.inf
+) -> list[Term]:
     """One term per message: calls x the curve at the size of one call.
 
-    A message `beside` computation takes the curve that was timed so, where there is one.
+    A message `beside` computation takes the curve that was timed so, where there is one; the others
+    lie between those that come soon after another and those after a long computation, by the
+    logarithm of `gap_s`, the seconds of computation between them.
     """
-    curves, hiding = profile.curves(), profile.curves(beside=True)
+    curves, soon, hiding = (profile.curves(how) for how in ("", "soon", "beside"))
     out = []
     for m in sent.messages:
         each = m.payload_bytes / m.calls
         group = 2 if m.kind in ("send", "recv") else m.ranks or ranks
-        beside = m.beside and (m.kind, group, nodes) in hiding.curves
+        key = (m.kind, group, nodes)
+        beside = m.beside and key in hiding.curves
         one, evidence = (hiding if beside else curves).time(m.kind, group, nodes, each)
         formula = f"{m.calls} x {m.kind} of {human(each, 'bytes')}"
         formula += " beside computation" if beside else ""
+        near = 0.0 if beside or m.phase == "optimizer" else _nearness(profile, gap_s)
+        if near and key in soon.curves and each <= soon.curves[key].range_bytes[1]:
+            one = near * soon.time(m.kind, group, nodes, each)[0] + (1 - near) * one
+            formula += f", {human(gap_s, 's')} apart"
         out.append(Term(f"{m.axis} {m.kind}", formula, m.calls * one, "s", evidence))
     return out
+
+
+def _nearness(profile: Profile, gap_s: float) -> float:
+    """1 for messages as close as the calibrated short gap or closer, 0 from the long one on."""
+    short, long = profile.gap_s("soon"), profile.gap_s()
+    if not 0 < short < long:
+        return 0.0
+    return 1 - float(np.clip(np.log(max(gap_s, short) / short) / np.log(long / short), 0, 1))
 
 
 def wrapper_terms(
@@ -139,20 +157,22 @@ def strategy_step(
         strategy, compute_s, ranks, microbatches, shares, schedule, chunks, forward_share, evidence
     )
     parts[0] = _scaled(parts[0], oversubscribed)
+    own = [_scaled(t, oversubscribed) for t in extra]
     if sent is not None and sent.total > 0:
-        parts += _exposed(strategy, sent, ranks, nodes, profile)
-    parts += [_scaled(t, oversubscribed) for t in extra]
-    parts += _fixed_terms(profile, parameters, microbatches)
+        meetings = sum(m.calls for m in sent.messages if m.phase != "optimizer" and not m.beside)
+        gap_s = sum(t.value for t in (parts[0], *own)) / max(1, meetings)
+        parts += _exposed(strategy, sent, ranks, nodes, profile, gap_s)
+    parts += own + _fixed_terms(profile, parameters, microbatches)
     lo, hi = _interval(parts, profile)
     return Prediction(f"step of {strategy} on {ranks} ranks", tuple(parts), "s", lo, hi)
 
 
 def _exposed(
-    strategy: str, sent: SentBytes, ranks: int, nodes: int, profile: Profile
+    strategy: str, sent: SentBytes, ranks: int, nodes: int, profile: Profile, gap_s: float
 ) -> list[Term]:
     """The transfers, less what computing hides of them; Refused without a curve for one."""
     try:
-        moved = transfer_seconds(sent, ranks, nodes, profile)
+        moved = transfer_seconds(sent, ranks, nodes, profile, gap_s)
     except LookupError as error:
         raise Refused(str(error)) from None
     overlap = profile.overlap if strategy in OVERLAPS else {}

@@ -126,6 +126,11 @@ def meet_alone(module: nn.Module) -> None:
     batchnorm.replace(module, lambda old: batchnorm.ThreadBatchNorm(old, meeting))
 
 
+def count_alone(module: nn.Module) -> None:
+    """Give `module`, in place, the BatchNorm of ranks on CPUs, with nobody to add statistics up."""
+    batchnorm.replace(module, lambda old: batchnorm.RankBatchNorm(old, lambda sums: sums))
+
+
 def cut_positions(module: nn.Module, where: Tensor, rank: int, ranks: int, method: str,
                   balance: str) -> None:  # fmt: skip
     """Let `module`, in place, attend as `rank` of `ranks` does, its tokens standing at `where`."""

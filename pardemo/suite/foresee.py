@@ -24,6 +24,7 @@ from pardemo.launch import Ranks
 from pardemo.measure import Case, Comparison, calibrate, compare
 from pardemo.measure.collectives import KINDS
 from pardemo.predict import Prediction, Profile, ProfileError, load
+from pardemo.strategies import batchnorm
 from pardemo.strategies.base import call, to_device
 from pardemo.strategies.ring_attention import positions_of
 from pardemo.workloads import Workload
@@ -35,6 +36,7 @@ from .forms import Scene, closed_form
 MESHES = ("dp_tp", "fsdp_tp", "dp_pp", "tp_pp", "dp_pp_tp")
 SHARDED = ("fsdp", "hsdp", "zero1", "tensor", "expert", *CHAINS)  # optimiser state in parts
 SLICED = {"fsdp", "hsdp", "tensor"}  # parameters are DTensors
+REPLICAS, COUNTED = ("ddp", "zero1", "fsdp", "hsdp"), "statistics"
 CUTS = ("tensor", "context")  # every rank sees all samples, a part of each
 
 
@@ -42,7 +44,8 @@ CUTS = ("tensor", "context")  # every rank sees all samples, a part of each
 class Part:
     """One part alone, inside a rank: forward and backward of `size` samples.
 
-    `cut`: "tensor" or "context", for a rank's slice of the layers or positions of the samples.
+    `cut`: "tensor" or "context", for a rank's slice of the layers or positions of the samples;
+    "statistics" for the BatchNorm that adds them up over ranks, by single operators.
     `optimizer`: with its step behind, over the "whole" model or over "slices" of every tensor.
     """
 
@@ -71,6 +74,9 @@ class Part:
         rank, ranks = mesh.get_rank(), mesh.size()
         if self.cut == "tensor":
             alone.cut_layers(model, ranks)
+        if self.cut == "statistics":
+            alone.count_alone(model)
+        if self.cut != "context":
             return inputs, targets
         where = positions_of(rank, ranks, inputs.shape[1], "contiguous")
         alone.cut_positions(model, where, rank, ranks, "ring", "contiguous")
@@ -115,7 +121,7 @@ class Parts:
 
 
 def _told(key: Key) -> str:
-    return f"{key} samples" if isinstance(key, int) else f"a rank's slice under {key}"
+    return f"{key} samples" if isinstance(key, int) else f"a rank's part under {key}"
 
 
 def _keys(scene: Scene, names: Sequence[str]) -> list[Key]:
@@ -136,7 +142,7 @@ def part_cases(scene: Scene, names: Sequence[str]) -> dict[str, Case]:
     parts = {
         f"part: {_told(key)}": Part(work, key)
         if isinstance(key, int)
-        else Part(work, scene.batch_size, cut=key)
+        else Part(work, size if key == COUNTED else scene.batch_size, cut=key)
         for key in {**dict.fromkeys(_keys(scene, names)), size: None}
     }
     parts["part: with the optimizer"] = Part(work, size, optimizer="whole")
@@ -186,6 +192,8 @@ def share(scene: Scene, name: str) -> int:
 
 def needed(scene: Scene, name: str) -> Key:
     """The part that is timed for this prediction: so many samples, or this strategy's cut."""
+    if name in REPLICAS and scene.backend == "gloo" and batchnorm.has_batchnorm(scene.model):
+        return COUNTED
     return name if name in CUTS else share(scene, name)
 
 

@@ -37,6 +37,12 @@ def test_a_part_is_a_share_of_the_samples_or_a_slice_of_all_of_them():
     keys = {name: needed(SCENE, name) for name in ("ddp", "fsdp", "pipeline", "model_parallel")}
     assert keys == {"ddp": 8, "fsdp": 8, "pipeline": 4, "model_parallel": 16}
     assert needed(SCENE, "tensor") == "tensor"
+    pictures = Scene(workload("resnet-mini"), 2, 16)  # its BatchNorm counts over all ranks
+    assert (needed(pictures, "ddp"), needed(pictures, "pipeline")) == ("statistics", 16)
+    assert {c.make for c in part_cases(pictures, ["ddp"]).values()} == {
+        Part(pictures.work, 8), Part(pictures.work, 8, cut="statistics"),
+        Part(pictures.work, 8, optimizer="whole"),
+    }  # fmt: skip
     cases = part_cases(SCENE, ["tensor", "pipeline", "context"])
     made = {case.make for case in cases.values()}
     work = SCENE.work
@@ -48,7 +54,7 @@ def test_a_part_is_a_share_of_the_samples_or_a_slice_of_all_of_them():
 
 def test_the_optimiser_is_what_it_adds_behind_a_backward_pass():
     told = {"part: 8 samples": 2.0, "part: with the optimizer": 2.6, "part: on slices": 3.5,
-            "part: a rank's slice under tensor": 3.0}  # fmt: skip
+            "part: a rank's part under tensor": 3.0}  # fmt: skip
     found = {name: SimpleNamespace(median_s=s) for name, s in told.items()}
     parts = read_parts(SCENE, ["tensor", "ddp"], found)
     assert parts.by_size == {8: 2.0, "tensor": 3.0}

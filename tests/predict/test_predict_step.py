@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 
 from pardemo import predict
 from pardemo.predict import Cluster, Layers, Layout, Profile, Refused
+from pardemo.predict import sent as sending
 from pardemo.predict.plan_cli import main as plan_main
 from pardemo.predict.plan_cli import parse_model
 from pardemo.predict.step import step_seconds
+from pardemo.predict.strategy_step import transfer_seconds
 
 LLAMA = predict.model("llama3-8b")
 SIZES = (1e4, 1e6, 1e8)
@@ -247,3 +250,22 @@ def test_a_plan_of_an_impossible_model_is_one_line_and_exit_two(change, capsys):
     said = capsys.readouterr()
     assert said.out == ""
     assert len(said.err.splitlines()) == 1
+
+
+def test_messages_soon_after_each_other_lie_between_the_two_calibrated_gaps():
+    def row(how, gap_s, time_s):
+        rows = {"collective": "all_reduce", "ranks": 2, "nodes": 1, "time_s": time_s}
+        return [rows | {"how": how, "gap_s": gap_s, "size_bytes": s} for s in (4096, 1048576)]
+
+    curves = [*row("", 4e-3, 1e-3), *row("soon", 2.5e-4, 3e-3), *row("beside", 4e-3, 5e-4)]
+    p = _machine(collectives=curves)
+    one = sending.message("all_reduce", "dp", 2, 8192, "made up")
+
+    def seconds(gap_s, **change):
+        sent = sending.SentBytes("x", (dataclasses.replace(one, **change),))
+        return transfer_seconds(sent, 2, 1, p, gap_s)[0].value
+
+    times = [seconds(gap) for gap in (1e-5, 2.5e-4, 1e-3, 4e-3, 1.0)]
+    assert times == pytest.approx([3e-3, 3e-3, 2e-3, 1e-3, 1e-3])
+    assert seconds(1e-5, beside=True) == pytest.approx(5e-4)
+    assert seconds(1e-5, phase="optimizer") == pytest.approx(1e-3)
