@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import importlib
 import math
 import os
 import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .cluster.cli import add_parsers as add_cluster_verbs
 from .launch import RankFailed
 from .parameters import Refused, folder
+from .stop import stopped_by_signals
 
 if TYPE_CHECKING:
     from .records import Store
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
     verb = words[0] if words else ""
     try:
-        with warnings.catch_warnings(), _stopped_by_signals(verb in CLEAN_UP):
+        with warnings.catch_warnings(), stopped_by_signals(verb in CLEAN_UP):
             warnings.showwarning = _note
             code = _delegate(verb, words[1:]) if verb in DELEGATED else _run(words)
             sys.stdout.flush()  # a full disk or a closed pipe is found here, not at the exit
@@ -113,25 +112,6 @@ def _without_debug(words: list[str]) -> tuple[list[str], bool]:
     ends = [words.index(mark) for mark in ("--", "--program") if mark in words]
     mine, theirs = words[: min(ends, default=len(words))], words[min(ends, default=len(words)) :]
     return [word for word in mine if word != "--debug"] + theirs, "--debug" in mine
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(wanted: bool) -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does: its processes and files are cleared away."""
-
-    def stop(number: int, _: object) -> NoReturn:
-        raise KeyboardInterrupt(number)
-
-    here = threading.current_thread() is threading.main_thread()
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGHUP) if wanted and here else ():
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            before[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _run(words: list[str]) -> int:

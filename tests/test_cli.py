@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pardemo import cli, lab, notebooks, records, versions
+from pardemo import cli, lab, notebooks, records, stop, versions
 from pardemo.records import Sample
 
 
@@ -262,3 +265,24 @@ def test_lab_listens_on_loopback_keeps_its_token_and_opens_lesson_00(tmp_path: P
     assert "log_level = 40" in config.read_text()
     news = Path(surroundings["JUPYTERLAB_SETTINGS_DIR"]).rglob("notification.jupyterlab-settings")
     assert '"fetchNews": "false"' in next(news).read_text()
+
+
+def lose_the_first(number: signal.Signals) -> None:
+    """As one that falls into a finaliser, whose errors Python drops."""
+    with stop.stopped_by_signals(True):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_that_was_lost_comes_again(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop, "AGAIN_S", 0.2)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        lose_the_first(number)
+    assert stopped.value.args == (number,)
+    assert signal.getsignal(number) == before
