@@ -2,13 +2,14 @@
 
 Payload S is the WHOLE array, as nccl-tests counts it: the gathered result, the input of a
 reduce-scatter, one rank's input of an all-to-all. Sent bytes follow the wire: 2(n-1)/n S for an
-all-reduce, (n-1)/n S for all-gather and reduce-scatter, S for broadcast, reduce and send; what an
-all-to-all, gather or scatter really sends from this rank is read from its arguments.
+all-reduce, (n-1)/n S for all-gather and reduce-scatter, S for send; what an all-to-all, gather or
+scatter really sends from this rank is read from its arguments. A broadcast along a ring is passed
+on by all but the last rank, a reduce by all but the root; gloo does both in its own way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,10 @@ NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor
 GLOO_REDUCE_SCATTER = (
     "gloo carries out reduce_scatter as an all-reduce, so it sends 2(n-1)/n S, not (n-1)/n S"
 )
+GLOO_BROADCAST = (
+    "gloo broadcasts along a tree: its root sends S about log2(n) times, the last ranks nothing"
+)
+GLOO_REDUCE = "gloo reduces by a reduce-scatter and a gather, so its root sends (n-1)/n S, not 0"
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,10 @@ def read(name: str, args: tuple[Any, ...]) -> list[Call]:
     payload = 0 if position < 0 else bytes_of(args[position]) * (ranks if per_rank else 1)
     textbook = _sent(kind, name, args, group, payload)
     sent, note = textbook, ""
-    if kind == "reduce_scatter" and ranks > 1 and _on_gloo(group, args):
-        sent, note = 2 * textbook, GLOO_REDUCE_SCATTER
+    if kind in _GLOO and ranks > 1 and _on_gloo(group, args):
+        way, named = _GLOO[kind]
+        sent = way(payload, ranks, _place(args, group))
+        note = named if sent != textbook else ""
     return [Call(kind, group_name(group), ranks, payload, sent, textbook, note, _peer(args))]
 
 
@@ -155,7 +162,28 @@ def _sent(kind: str, name: str, args: tuple[Any, ...], group: Any, payload: int)
     if kind in ("all_reduce", "all_gather", "reduce_scatter"):
         # multiplied before it is divided, so that whole bytes stay whole
         return (2 if kind == "all_reduce" else 1) * (ranks - 1) * payload / ranks
+    if kind in ("broadcast", "reduce"):
+        place = _place(args, group)
+        return float(payload if (place < ranks - 1 if kind == "broadcast" else place) else 0)
     return factor(kind, ranks) * payload
+
+
+def _place(args: tuple[Any, ...], group: Any) -> int:
+    """How many places after the root of a rooted collective this rank is."""
+    return (group.rank() - _peer(args)) % group.size()
+
+
+def _tree(payload: int, ranks: int, place: int) -> float:
+    """A binomial tree: who has the array sends it 1, 2, 4, ... places on, as far as there are."""
+    hops = [1 << i for i in range(ranks.bit_length())]
+    return float(payload * sum(place < hop < ranks - place for hop in hops))
+
+
+_GLOO: dict[str, tuple[Callable[[int, int, int], float], str]] = {
+    "reduce_scatter": (lambda s, n, place: 2 * (n - 1) * s / n, GLOO_REDUCE_SCATTER),
+    "broadcast": (_tree, GLOO_BROADCAST),
+    "reduce": (lambda s, n, place: float(s) if place else (n - 1) * s / n, GLOO_REDUCE),
+}
 
 
 def _sent_all_to_all(name: str, args: tuple[Any, ...], ranks: int, me: int, payload: int) -> float:

@@ -46,7 +46,7 @@ from pardemo.predict.sent import Message, SentBytes, padded, sent_bytes
 from pardemo.predict.step import Refused, step
 from pardemo.predict.strategy_step import compute_seconds
 from pardemo.predict.tables import TableError
-from pardemo.predict.wire import wire_bytes, wire_factor
+from pardemo.predict.wire import broadcast_copies, wire_bytes, wire_factor
 
 __all__ = [
     "CONVENTIONS",
@@ -75,6 +75,7 @@ __all__ = [
     "TableError",
     "Term",
     "Transformer",
+    "broadcast_copies",
     "bubble_formula",
     "compute_seconds",
     "fit_alpha_beta",

@@ -10,11 +10,11 @@ A bytes of one microbatch's activation at a boundary. The rules themselves live 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from pardemo.predict.prediction import Prediction, Term, human
-from pardemo.predict.wire import kind_of, wire_bytes
+from pardemo.predict.wire import broadcast_copies, kind_of, wire_bytes
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,25 @@ def message(
     """One line of traffic: `payload_bytes` is the sum over the `calls`."""
     sent = wire_bytes(kind, payload_bytes, ranks, implementation)
     return Message(kind_of(kind), axis, calls, float(payload_bytes), sent, formula, phase, ranks)
+
+
+def broadcast(
+    axis: str,
+    ranks: int,
+    from_root: Mapping[int, float],
+    rank: int,
+    formula: str,
+    calls: int = 1,
+    implementation: str = "textbook",
+    phase: str = "backward",
+) -> Message:
+    """What `rank` sends of broadcasts of `from_root[root]` bytes by each root, in `calls` calls."""
+    sent = sum(
+        size * broadcast_copies(ranks, (rank - root) % ranks, implementation)
+        for root, size in from_root.items()
+    )
+    payload = float(sum(from_root.values()))
+    return Message("broadcast", axis, calls, payload, float(sent), formula, phase, ranks)
 
 
 Rule = Callable[..., list[Message]]

@@ -76,7 +76,6 @@ def zero1(
     microbatches: int = 1,
     style: str = "scatter_gather",
     buckets: int = 1,
-    shard: float | None = None,
     shards: int | None = None,
     implementation: str = "textbook",
     frozen: float = 0,
@@ -85,8 +84,9 @@ def zero1(
 
     style="scatter_gather": reduce-scatter + all-gather, 2(n-1)/n P b; "all_reduce_gather": DDP's
     all-reduce, then an all-gather; "all_reduce_broadcast": DDP's all-reduce, then every owner
-    broadcasts its `shard` elements (default P/n), as ZeroRedundancyOptimizer does. It broadcasts
-    the `frozen` elements too, which no gradient changed.
+    broadcasts its tensors, as ZeroRedundancyOptimizer does, in `shards` calls, and the `frozen`
+    elements too, which no gradient changed. Each tensor leaves some rank n-1 times, (n-1)/n P b
+    per rank in the mean; which rank sends how much, the owners and the backend decide.
     """
     payload = parameters * bytes_per_element
     gather = message(
@@ -101,11 +101,10 @@ def zero1(
     if style == "all_reduce_gather":
         return [reduced, gather]
     if style == "all_reduce_broadcast":
-        own = (parameters / ranks if shard is None else shard) + frozen
-        text = "own shard b" + (" + frozen" if frozen else "")
-        sent = own * bytes_per_element
-        told = message("broadcast", "dp", ranks, sent, text, shards or 1, phase="optimizer")
-        return [reduced, told]
+        size, calls = (parameters + frozen) * bytes_per_element, shards or 1
+        sent = size * (ranks - 1) / ranks
+        text = "(n-1)/n " + ("(P + frozen) b" if frozen else "P b") + " in the mean"
+        return [reduced, Message("broadcast", "dp", calls, size, sent, text, "optimizer", ranks)]
     raise ValueError(f"unknown ZeRO-1 style {style!r}")
 
 

@@ -33,6 +33,8 @@ def kind_of(name: str) -> str:
 def wire_factor(kind: str, ranks: int, implementation: str = "textbook") -> float:
     """Bytes sent per rank / payload bytes (the busbw factor of nccl-tests).
 
+    A broadcast's 1 is what each link of a ring carries; what one rank sends depends on its place
+    (`broadcast_copies`).
     implementation="gloo" changes one entry: gloo carries out reduce_scatter as an all-reduce, so
     it sends 2(n-1)/n instead of (n-1)/n.
     """
@@ -64,6 +66,19 @@ def wire_bytes(
         return float(payload_bytes)
     # multiplied before it is divided, so that whole bytes stay whole
     return (2 if doubled else 1) * (ranks - 1) * payload_bytes / ranks
+
+
+def broadcast_copies(ranks: int, place: int, implementation: str = "textbook") -> int:
+    """How often the rank `place` places after the root sends the array in one broadcast.
+
+    Along a ring everybody but the last passes it on. gloo's is a binomial tree: in round i every
+    rank that has it sends it 2**i places on; the root sends most, the last ranks nothing.
+    """
+    if not 0 <= place < ranks:
+        raise ValueError(f"place {place} does not exist among {ranks} ranks")
+    if implementation != "gloo":
+        return int(place < ranks - 1)
+    return sum(place < 2**i and place + 2**i < ranks for i in range(ranks.bit_length()))
 
 
 def formula(kind: str, implementation: str = "textbook") -> str:

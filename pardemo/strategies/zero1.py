@@ -3,8 +3,9 @@
 Split      the batch, and the optimiser's state: each parameter tensor belongs to one rank, which
            alone updates it. Tensors are dealt out whole, the largest first, to the least loaded.
 Sent       DDP's all-reduce of the gradients, 2(N-1)/N P b per rank and step; then every rank
-           broadcasts the tensors that it updated, P b in all. A reduce-scatter and an all-gather
-           would do with 2(N-1)/N P b together (Rajbhandari 2020, section 7.1): torch's
+           broadcasts the tensors that it updated: each leaves some rank N-1 times, (N-1)/N P b
+           per rank in the mean, its owner sending most. A reduce-scatter and an all-gather would
+           do with 2(N-1)/N P b together (Rajbhandari 2020, section 7.1): torch's
            ZeroRedundancyOptimizer pays for working with unchanged DDP.
 Memory     parameters and gradients whole, optimiser state 1/N (about: tensors are not cut).
 Paper      Rajbhandari et al. 2020, "ZeRO", section 5.1.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +24,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from pardemo.strategies import base, ddp_wrap
+
+
+def owners(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Which rank updates each tensor: the largest first, to the rank that has least so far."""
+    loads, found = [0] * ranks, [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        found[i] = loads.index(min(loads))
+        loads[found[i]] += sizes[i]
+    return found
 
 
 class Zero1(base.Step):
@@ -51,7 +62,7 @@ class Zero1(base.Step):
             total = total + value.detach()
         ddp_wrap.refuse_unused(self.model, self.parameters)
         base.clip_gradients(self.model.parameters(), self.clip_grad)
-        self.optimizer.step()  # moves P b: every rank broadcasts the tensors it updated
+        self.optimizer.step()  # every rank broadcasts the tensors it updated
         return base.reduce_sum(total, self.place.group)
 
     def original(self) -> nn.Module:

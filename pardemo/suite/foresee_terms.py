@@ -7,7 +7,7 @@ from collections import Counter
 
 from pardemo.predict import Profile, SentBytes, Term
 from pardemo.predict.prediction import human
-from pardemo.predict.sent import Message, message
+from pardemo.predict.sent import Message
 from pardemo.predict.strategy_step import wrapper_terms
 from pardemo.strategies import tensor_plans
 
@@ -28,10 +28,14 @@ def each_message(name: str, scene: Scene, sent: SentBytes) -> SentBytes:
     if name == "zero1":
         sizes = Counter(p.numel() * scene.element_bytes for p in scene.model.parameters())
         text = "the tensors of one size, whole"
+        (whole,) = (m for m in found if m.kind == "broadcast")
         each = [
-            message("broadcast", "dp", scene.ranks, size * count, text, count, phase="optimizer")
+            dataclasses.replace(
+                whole, calls=count, payload_bytes=float(size * count), formula=text,
+                sent_bytes=whole.sent_bytes * size * count / whole.payload_bytes,
+            )
             for size, count in sorted(sizes.items())
-        ]
+        ]  # fmt: skip
         found = [*(m for m in found if m.kind != "broadcast"), *each]
     if name in ("ddp", "zero1"):
         return SentBytes(sent.strategy, tuple(part for m in found for part in _buckets(m, scene)))

@@ -12,8 +12,8 @@ from typing import Any
 import torch.nn as nn
 
 from pardemo.predict import SentBytes, padded, sent_bytes
-from pardemo.predict.sent import Message, message
-from pardemo.strategies import fsdp, pipeline_split, routing
+from pardemo.predict.sent import Message, broadcast, message
+from pardemo.strategies import fsdp, pipeline_split, routing, zero1
 from pardemo.strategies.base import map_tensors, samples
 from pardemo.strategies.replicas import model_bytes
 
@@ -61,12 +61,18 @@ def closed_form(
     found = FORMS[name](scene, rank, routed)
     if found is None:
         return None
-    return SentBytes(name, tuple(m for m in found if m.calls and m.sent_bytes))
+    return SentBytes(name, tuple(m for m in found if m.calls and m.payload_bytes))
 
 
 def loss_sum(axis: str, ranks: int, size: float = LOSS_BYTES) -> Message:
     """The reported loss, summed over one axis after the step."""
     return message("all_reduce", axis, ranks, size, "2(n-1)/n * loss", phase="forward")
+
+
+def told_loss(scene: Scene, stages: int, at: int, last: int, phase: str) -> Message:
+    """What the stage `at` sends when the last one broadcasts the loss to all."""
+    size, text = {last: CHAIN_LOSS_BYTES}, "the loss, to all"
+    return broadcast("pp", stages, size, at, text, 1, scene.implementation, phase)
 
 
 def flags(scene: Scene, parameters: Iterable[nn.Parameter], axis: str, ranks: int) -> list[Message]:
@@ -96,12 +102,18 @@ def _ddp(scene: Scene, rank: int, routed: Routed | None) -> list[Message]:
 
 @form("zero1")
 def _zero1(scene: Scene, rank: int, routed: Routed | None) -> list[Message]:
-    sent = sent_bytes(
-        "zero1", ranks=scene.ranks, parameters=scene.elements, style="all_reduce_broadcast",
-        shard=scene.elements, shards=len(list(scene.model.parameters())), frozen=scene.frozen,
-        bytes_per_element=scene.element_bytes,
-    )  # fmt: skip
-    return [*sent.messages, *_replicated(scene)]
+    """DDP's all-reduce; then every tensor, frozen ones too, by the rank that owns it, to all."""
+    sizes = [p.numel() for p in scene.model.parameters()]
+    own = dict.fromkeys(range(scene.ranks), 0)
+    for size, owner in zip(sizes, zero1.owners(sizes, scene.ranks), strict=True):
+        own[owner] += size * scene.element_bytes
+    text = "own tensors b" if scene.ranks == 2 else "tensors b, for every copy passed on"
+    told = broadcast("dp", scene.ranks, own, rank, text, len(sizes), scene.implementation,
+                     "optimizer")  # fmt: skip
+    reduced = sent_bytes(
+        "ddp", ranks=scene.ranks, parameters=scene.elements, bytes_per_element=scene.element_bytes
+    )
+    return [*reduced.messages, told, *_replicated(scene)]
 
 
 @form("data_parallel")
@@ -185,9 +197,7 @@ def _model_parallel(scene: Scene, rank: int, routed: Routed | None) -> list[Mess
                 len(at) - 1 if rank == at[0] else 1)
         for size, at in facts.shared(parts) if rank in at
     ]  # fmt: skip
-    text = "the loss, to all"
-    told = message("broadcast", "pp", scene.ranks, CHAIN_LOSS_BYTES, text, phase="forward")
-    return [*sent, *extra, told]
+    return [*sent, *extra, told_loss(scene, scene.ranks, rank, scene.ranks - 1, "forward")]
 
 
 def chain(sizes: Sequence[float], rank: int, microbatches: int) -> list[Message]:

@@ -8,7 +8,7 @@ from pardemo.strategies import fsdp
 from pardemo.strategies.base import take_shard
 
 from . import scene as facts
-from .forms import CHAIN_LOSS_BYTES, Routed, chain, flags, form, loss_sum
+from .forms import CHAIN_LOSS_BYTES, Routed, chain, flags, form, loss_sum, told_loss
 from .scene import Scene
 
 
@@ -72,7 +72,7 @@ def pipeline(name: str, scene: Scene, rank: int, microbatches: int = 0) -> list[
         message("all_reduce", "tie", len(who), bytes_, text)
         for bytes_, who in facts.shared(stages) if at in who
     ]  # fmt: skip
-    told = message("broadcast", "pp", p, CHAIN_LOSS_BYTES, "the loss, to all", phase="backward")
+    told = told_loss(scene, p, at, p - 1, "backward")
     found = chain(scene.boundaries(stages, size // m), at, m) + ties + [told]
     if t > 1:
         given = scene.entering(stages, at, size // m)

@@ -149,6 +149,8 @@ def compare(
             flows.setdefault((flow.phase, group, flow.kind), []).append(flow)
     messages: dict[Key, list[Message]] = {}
     for m in formula.messages if formula is not None else ():
+        if not m.sent_bytes:
+            continue  # it only receives
         messages.setdefault((m.phase, m.axis, m.kind), []).append(m)
     keys = sorted(flows.keys() | messages.keys(), key=lambda k: (PHASES.index(k[0]), k))
     entries = [

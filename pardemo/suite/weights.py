@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from pardemo.measure import weigh
 from pardemo.predict.strategy_memory import OPTIMIZER_STATES, peak_bytes
-from pardemo.strategies import fsdp, routing
+from pardemo.strategies import fsdp, routing, zero1
 from pardemo.strategies.base import call
 from pardemo.strategies.replicas import model_bytes
 from pardemo.strategies.ring_attention import positions_of
@@ -125,13 +125,11 @@ def _owned(name: str, shapes: Shapes, rank: int, ranks: int) -> Shapes:
 
     Under ZeRO-1 whole tensors, frozen ones too, are dealt out largest first to the least loaded.
     """
-    loads, owned = [0] * ranks, {}
-    for p, shape in sorted(shapes.items(), key=lambda item: -math.prod(item[1])):
-        owner = loads.index(min(loads))
-        loads[owner] += math.prod(shape)
-        if p.requires_grad and (name != "zero1" or owner == rank):
-            owned[p] = shape
-    return owned
+    owners = zero1.owners([math.prod(shape) for shape in shapes.values()], ranks)
+    return {
+        p: shape for (p, shape), owner in zip(shapes.items(), owners, strict=True)
+        if p.requires_grad and (name != "zero1" or owner == rank)
+    }  # fmt: skip
 
 
 def _optimizer(scene: Scene) -> str | None:

@@ -33,8 +33,8 @@ def every_collective():
         dist.all_gather_into_tensor(torch.empty(12), x)  # moves (n-1)/n * 48 bytes
         dist.reduce_scatter_tensor(torch.empty(3), x)  # moves (n-1)/n * 24 bytes (gloo: twice)
         dist.all_to_all_single(torch.empty(6), x)  # moves (n-1)/n * 24 bytes
-        dist.broadcast(x.clone(), src=0)  # moves 24 bytes
-        dist.reduce(x.clone(), dst=0)  # moves 24 bytes
+        dist.broadcast(x.clone(), src=0)  # moves 24 bytes from rank 0
+        dist.reduce(x.clone(), dst=0)  # moves 24 bytes from rank 1 (gloo: 12 from rank 0 besides)
         dist.gather(x, parts if me == 0 else None, dst=0)  # moves 24 bytes from rank 1
         dist.scatter(torch.empty(6), parts if me == 0 else None, src=0)  # moves 24 bytes from 0
         dist.barrier()  # moves no data
@@ -56,8 +56,10 @@ def test_every_collective_is_counted_with_payload_and_sent_bytes(ranks2):
     sent = {f.kind: f.sent_bytes for f in zero.flows}
     assert sent == {
         "all_reduce": 24, "all_gather": 48, "reduce_scatter": 24, "all_to_all": 12,
-        "broadcast": 24, "reduce": 24, "gather": 0, "scatter": 24, "barrier": 0, "send": 24,
+        "broadcast": 24, "reduce": 12, "gather": 0, "scatter": 24, "barrier": 0, "send": 24,
     }  # fmt: skip
+    assert one.sent_bytes(kind="broadcast") == 0
+    assert one.sent_bytes(kind="reduce") == 24
     assert one.sent_bytes(kind="gather") == 24
     assert one.sent_bytes(kind="scatter") == 0
     assert one.payload_bytes(kind="recv") == 24
@@ -66,10 +68,10 @@ def test_every_collective_is_counted_with_payload_and_sent_bytes(ranks2):
 
 def test_gloos_reduce_scatter_is_reported_by_name(ranks2):
     found = ranks2(every_collective)[0]
-    assert found.notes == [volumes.GLOO_REDUCE_SCATTER]
+    assert found.notes == [volumes.GLOO_REDUCE_SCATTER, volumes.GLOO_REDUCE]
     flow = found.where(kind="reduce_scatter")[0]
     assert flow.textbook_bytes == 12
-    assert found.sent_bytes() - found.textbook_bytes == 12
+    assert found.sent_bytes() - found.textbook_bytes == 12 + 12
     assert "carries out reduce_scatter as an all-reduce" in repr(found)
 
 

@@ -34,7 +34,9 @@ def witnessed():
     return {row["name"]: row for row in rows}
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "pipeline", "exchange", "gather"])
+@pytest.mark.parametrize(
+    "name", ["ddp", "fsdp", "pipeline", "exchange", "gather", "broadcast", "reduce"]
+)
 def test_the_loopbacks_own_counters_agree_within_3_percent(witnessed, name):
     row = witnessed[name]
     assert row["counted"] > 20e6

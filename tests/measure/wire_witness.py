@@ -65,6 +65,16 @@ def gather():
     return lambda: dist.all_gather_into_tensor(out, x)  # moves (n-1)/n * 2 MB
 
 
+def broadcast():
+    x = torch.ones(500_000)
+    return lambda: dist.broadcast(x, 0)  # moves 2 MB from rank 0
+
+
+def reduce():
+    x = torch.ones(500_000)
+    return lambda: dist.reduce(x, 0)  # moves 2 MB from rank 1, 1 MB from rank 0
+
+
 def prepare(make):
     import sys
 
@@ -86,7 +96,7 @@ def many():
 if __name__ == "__main__":
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     with Ranks(2, timeout=100) as ranks:
-        for make in (ddp, fsdp, pipeline, exchange, gather):
+        for make in (ddp, fsdp, pipeline, exchange, gather, broadcast, reduce):
             counted = sum(traffic.sent_bytes() for traffic in ranks(prepare, make)) * STEPS
             time.sleep(0.1)
             before = interface_bytes()

@@ -41,9 +41,22 @@ def test_zero_1_sends_what_ddp_sends_and_zero_2_m_plus_1_halves_of_it():
         assert zero2.total == (m + 1) * ddp / 2
 
 
-def test_zero_1_by_broadcast_sends_its_own_shard_besides_the_all_reduce():
-    s = predict.sent_bytes("zero1", ranks=4, parameters=P, style="all_reduce_broadcast", shard=300)
-    assert s.by_kind() == {"all_reduce": 1.5 * P * 4, "broadcast": 1200.0}
+def test_zero_1_by_broadcast_sends_every_tensor_to_all_others_besides_the_all_reduce():
+    s = predict.sent_bytes("zero1", ranks=4, parameters=P, style="all_reduce_broadcast", frozen=8)
+    assert s.by_kind() == {"all_reduce": 1.5 * P * 4, "broadcast": 3 * (P + 8) * 4 / 4}
+
+
+@pytest.mark.parametrize("implementation", ["textbook", "gloo"])
+def test_however_a_broadcast_is_passed_on_everybody_but_the_root_gets_it_once(implementation):
+    for n in range(2, 18):
+        copies = [predict.broadcast_copies(n, place, implementation) for place in range(n)]
+        assert sum(copies) == n - 1
+        assert copies[-1] == 0
+    tree = [predict.broadcast_copies(6, place, "gloo") for place in range(6)]
+    assert tree == [3, 2, 0, 0, 0, 0]  # 0 -> 1, 0 -> 2, 1 -> 3, 0 -> 4, 1 -> 5
+    assert [predict.broadcast_copies(3, place) for place in range(3)] == [1, 1, 0]
+    with pytest.raises(ValueError, match="place 3 does not exist among 3 ranks"):
+        predict.broadcast_copies(3, 3)
 
 
 def test_fsdp_gathers_twice_but_the_root_once():
@@ -183,7 +196,7 @@ def test_forward_and_backward_are_told_apart():
     fsdp = predict.sent_bytes("fsdp", ranks=2, parameters=P, root=100, units=3, loss_bytes=4)
     assert fsdp.by_phase() == {"forward": P * 2 + 4, "backward": (P - 100) * 2 + P * 2}
     zero1 = predict.sent_bytes("zero1", ranks=4, parameters=P, style="all_reduce_broadcast")
-    assert zero1.by_phase() == {"backward": 1.5 * P * 4, "optimizer": P}
+    assert zero1.by_phase() == {"backward": 1.5 * P * 4, "optimizer": 3 * P}
     again = predict.sent_bytes("tensor", ranks=2, layers=1, activation_bytes=10, recompute=True)
     assert again.by_phase() == {"forward": 20, "backward": 40}  # the forward again, and its own 2
     ends = [predict.sent_bytes("pipeline", ranks=3, rank=r, activation_bytes=5) for r in range(3)]

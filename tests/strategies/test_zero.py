@@ -92,23 +92,28 @@ def test_the_moments_are_dealt_out_and_nobody_keeps_them_twice(ranks2: Ranks) ->
     assert max(kept) < 0.65 * whole
 
 
-def sent() -> tuple[float, float, int]:
+def sent() -> tuple[float, float, float, int]:
     work = workload("mlp", batch_size=8)
     step = unusual.trainer("zero1", work)
     for i in range(2):
         step.step(work.make_batch(8, i, 0))
     traffic = count(lambda: step.step(work.make_batch(8, 2, 0)))
     reduced = traffic.sent_bytes(kind="all_reduce")
-    return reduced, traffic.payload_bytes(kind="broadcast"), len(traffic.where(kind="all_gather"))
+    gathers = len(traffic.where(kind="all_gather"))
+    handed = traffic.payload_bytes(kind="broadcast"), traffic.sent_bytes(kind="broadcast")
+    return reduced, *handed, gathers
 
 
 def test_it_sends_ddps_gradients_and_every_parameter_once(ranks2: Ranks) -> None:
     parameters = units.parameters(workload("mlp").make_model(0))
     expected = predict.sent_bytes("ddp", ranks=2, parameters=parameters, loss_bytes=4).total
-    for reduced, handed_round, gathers in ranks2(sent):
+    found = ranks2(sent)
+    for reduced, handed_round, own, gathers in found:
         assert reduced == expected
         assert handed_round == 4 * parameters  # as seen by a rank: its own sent, the rest received
+        assert 0 < own < handed_round
         assert gathers == 0
+    assert sum(own for _, _, own, _ in found) == 4 * parameters
 
 
 def test_an_unused_branch_needs_the_knob_and_has_it(ranks2: Ranks) -> None:

@@ -84,6 +84,19 @@ def test_ddp_of_an_mlp_on_two_and_four_ranks(ranks2: Ranks, ranks4: Ranks) -> No
         assert lines == {("backward", "all_reduce"): 5640, ("forward", "all_reduce"): 6}
 
 
+def test_zero_1_hands_round_what_each_rank_owns(ranks2: Ranks, ranks4: Ranks) -> None:
+    # of 600, 30, 300 and 10 numbers rank 0 owns the 600, rank 1 the 300, the 30 and the 10
+    reduced = {("backward", "all_reduce"): 3760, ("forward", "all_reduce"): 4}
+    first, second = sent("zero1", SMALL, ranks2, 2)
+    assert first == {**reduced, ("optimizer", "broadcast"): 2400}
+    assert second == {**reduced, ("optimizer", "broadcast"): 1360}
+    # of four ranks each owns one tensor, 600, 300, 30, 10; along gloo's tree its owner sends it
+    # twice and the next rank once: 2 * 600 + 10, 2 * 300 + 600, 2 * 30 + 300, 2 * 10 + 30, times 4
+    found = [lines["optimizer", "broadcast"] for lines in sent("zero1", SMALL, ranks4, 4)]
+    assert found == [4840, 4800, 1440, 200]
+    assert sum(found) == 3 * 3760
+
+
 def test_a_tensor_parallel_gpt_sums_four_activations_per_layer(ranks2: Ranks) -> None:
     # A = 8 samples * 16 tokens * 32 wide * 4 bytes = 16384; 2 layers * 2 forward, 2 * 2 backward
     for lines in sent("tensor", TINY_GPT, ranks2, 2):
@@ -92,9 +105,9 @@ def test_a_tensor_parallel_gpt_sums_four_activations_per_layer(ranks2: Ranks) ->
 
 def test_a_pipeline_of_four_microbatches(ranks2: Ranks) -> None:
     # cut after Linear(20, 30) or its ReLU: 2 samples * 30 * 4 bytes = 240, four times = 960 a way;
-    # the loss, 8 bytes, goes to all
+    # the loss, 8 bytes, goes to all from the last
     first, last = sent("pipeline", SMALL, ranks2, 2, microbatches=4)
-    assert first == {("forward", "send"): 960, ("backward", "broadcast"): 8}
+    assert first == {("forward", "send"): 960}
     assert last == {("backward", "send"): 960, ("backward", "broadcast"): 8}
 
 
