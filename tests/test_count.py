@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pardemo import count, predict
 from pardemo.models import ResNet50
@@ -167,3 +170,18 @@ def test_resnet50_is_counted_as_published():
     assert seen.parameters == 25_557_032  # torchvision's count
     # He 2016, table 1: 3.8e9 multiply-adds; 4.09e9 with the stride on the 3x3, as torchvision
     assert seen.forward_flops / 2 == pytest.approx(2 * 4.09e9, rel=0.01)
+
+
+def test_a_mixture_of_experts_is_counted_with_every_choice_kept():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from pardemo.models.moe import MoEConfig, MoEGPT, moe_loss
+
+    config = MoEConfig(n_layer=1, n_embd=16, n_head=2, vocab_size=32, block_size=8)
+    tokens = torch.randint(0, 32, (3, 8))
+    seen = count.describe(lambda: MoEGPT(config), moe_loss, (tokens, tokens))
+    real = MoEGPT(dataclasses.replace(config, capacity_factor=None))  # no token is dropped
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        real(tokens)
+    assert seen.forward_flops == counter.get_total_flops()
+    assert seen.parameters == sum(p.numel() for p in real.parameters())

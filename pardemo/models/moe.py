@@ -56,8 +56,14 @@ class Here:
     def run(
         self, experts: nn.ModuleDict, rows_RD: torch.Tensor, counts_E: torch.Tensor
     ) -> torch.Tensor:
-        """Every row through its expert; rows lie in the order of experts, `counts_E` of each."""
-        parts = rows_RD.split(counts_E.tolist())
+        """Every row through its expert; rows lie in the order of experts, `counts_E` of each.
+
+        On the meta device, where nothing is chosen, every expert takes as many rows.
+        """
+        if counts_E.is_meta:
+            parts = rows_RD.tensor_split(len(experts))
+        else:
+            parts = rows_RD.split(counts_E.tolist())
         return torch.cat(
             [expert(part) for expert, part in zip(experts.values(), parts, strict=True)]
         )
@@ -95,11 +101,11 @@ class MoE(nn.Module):
         if self.top_k > 1:  # with one, dividing would leave the gate without a gradient
             weight_Nk = weight_Nk / weight_Nk.sum(dim=-1, keepdim=True)
         picked, weight = expert_Nk.flatten(), weight_Nk.flatten()
-        counts_E = torch.bincount(picked, minlength=self.gate.out_features)
+        counts_E = _counts(picked, self.gate.out_features)
         before_E, total_E = self.exchange.meet(counts_E)
         kept = self._keep(picked, before_E, total_E)
         rows = kept[picked[kept].argsort(stable=True)]  # choices by expert, then by token
-        taken_E = torch.bincount(picked[rows], minlength=len(counts_E))
+        taken_E = _counts(picked[rows], len(counts_E))
         out_RD = self.exchange.run(self.experts, x_ND[rows // self.top_k], taken_E)
         y_ND = torch.zeros_like(x_ND).index_add(
             0, rows // self.top_k, (out_RD * weight[rows, None]).to(x_ND.dtype)
@@ -111,13 +117,21 @@ class MoE(nn.Module):
     def _keep(
         self, picked: torch.Tensor, before_E: torch.Tensor, total_E: torch.Tensor
     ) -> torch.Tensor:
-        """Indices of the choices that find a place: at most `capacity` per expert, in order."""
-        if self.capacity_factor is None:
+        """Indices of the choices that find a place: at most `capacity` per expert, in order.
+
+        On the meta device all of them: nobody knows which expert would be full.
+        """
+        if self.capacity_factor is None or picked.is_meta:
             return torch.arange(len(picked), device=picked.device)
         capacity = math.ceil(self.capacity_factor * int(total_E.sum()) / len(total_E))
         mine = F.one_hot(picked, len(total_E)).cumsum(dim=0)
         place = mine.gather(1, picked[:, None]).squeeze(1) + before_E[picked]  # counted from 1
         return (place <= capacity).nonzero().squeeze(1)
+
+
+def _counts(picked: torch.Tensor, experts: int) -> torch.Tensor:
+    """How often each expert is picked (E,); unlike bincount it has a shape on the meta device."""
+    return picked.new_zeros(experts).scatter_add(0, picked, torch.ones_like(picked))
 
 
 class MoEBlock(Block):
