@@ -102,6 +102,18 @@ def _exports(plan: Plan) -> list[str]:
     return said
 
 
+# Bash: torchrun says nothing while it waits for the others. This says it once, beside it.
+WAITING = """\
+waiting() {   # of the process $1: it starts ranks as soon as all nodes have come
+  for _ in $(seq "${SAY_S:-20}"); do
+    sleep 1
+    [[ -e /proc/$1 && -z "$(cat /proc/$1/task/*/children 2>/dev/null)" ]] || return 0
+  done
+  echo "$(hostname): no rank runs here after ${SAY_S:-20} s: torchrun waits for other nodes:" \\
+    "see what they print; pardemo doctor --nodes says which cannot be reached" >&2
+}"""
+
+
 def _notice_s(limit: str) -> int:
     """Seconds before the time limit at which a job is told: two minutes, a quarter of a short one.
 
@@ -153,6 +165,10 @@ FRESH_NUMBERS = """\
 for _ in $(seq $((${SLURM_RESTART_COUNT:-0} % 2 * 2))); do
   srun --nodes=1 --ntasks=1 true || true
 done"""
+AGAIN = """\
+# Where its first node is lost, nobody is left to say so: the job says it when it begins again
+[[ "${SLURM_RESTART_COUNT:-0}" == 0 ]] || echo "Slurm has started this job again, on" \\
+  "$SLURM_JOB_NODELIST: the program goes on from what it has saved" >&2"""
 AFTERWARDS = """\
 step=$! code=0
 wait "$step" || code=$?
@@ -164,6 +180,14 @@ if [[ "$told" && "${SLURM_RESTART_COUNT:-0}" -lt 20 ]]; then   # not for ever
   scontrol requeue "$SLURM_JOB_ID" && sleep 60
   exit 85
 fi"""
+
+LOST = """\
+# When a node is lost, the others fail before Slurm has noticed. So ask every node; where one is
+# silent wait for Slurm: it ends the job and, with --requeue, starts it again
+trap '' USR1
+silent="a node is silent. If it is lost, Slurm puts this job back into the queue. What it waits"
+silent+=" for then: squeue -j $SLURM_JOB_ID -o '%T %r'; which node is down: pardemo doctor"\
+"""
 
 
 def _slurm_body(plan: Plan) -> list[str]:
@@ -177,10 +201,15 @@ def _slurm_body(plan: Plan) -> list[str]:
         *first,
         f"master={master}                      # rank 0's node; all nodes must reach it",
         "port=$((20000 + SLURM_JOB_ID % 10000))   # two jobs on one node must not meet",
+        'taken() { timeout 2 bash -c \': <>"/dev/tcp/$0/$1"\' "$@" 2>/dev/null; }',
+        'for _ in {1..50}; do taken "$master" "$port" || break; port=$((port + 1)); done',
         *_exports(plan),
         FRESH_NUMBERS,
+        AGAIN,
+        WAITING,
         "# each task learns its node's number from Slurm; the rest is the same on all nodes",
-        "start='trap \"\" USR1; '   # for the ranks, which may catch it; not the end of torchrun",
+        'start="$(declare -f waiting); (waiting \\$\\$ &); "',
+        "start+='trap \"\" USR1; '   # for the ranks, which may catch it; not the end of torchrun",
         'start+=\'exec "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"\'',
         f'srun --kill-on-bad-exit=1 bash -c "$start" {shlex.quote(plan.python)} \\',
         f"  --nnodes={plan.nodes} --nproc-per-node={plan.ranks_per_node} \\",
@@ -188,9 +217,11 @@ def _slurm_body(plan: Plan) -> list[str]:
         f'  --log-dir={shlex.quote(plan.folder)}/logs-"$SLURM_JOB_ID" \\',
         f"  {shlex.join(plan.words)} &",
         AFTERWARDS,
-        "# When a node is lost, the others fail before Slurm has noticed. So ask every node; where",
-        "# one is silent wait for Slurm: it ends the job and, with --requeue, starts it again.",
-        f"timeout 60 srun --nodes={plan.nodes} --ntasks-per-node=1 true || sleep 900",
+        LOST,
+        f"timeout 60 srun --nodes={plan.nodes} --ntasks-per-node=1 true & asked=$!",
+        'for _ in $(seq 10); do kill -0 "$asked" 2>/dev/null && sleep 1 || break; done',
+        '! kill -0 "$asked" 2>/dev/null || echo "$silent" >&2',
+        'wait "$asked" || sleep 900',
         'exit "$code"                         # a failure is never recorded as COMPLETED',
     ]
 
@@ -226,6 +257,8 @@ def _torchrun(plan: Plan) -> str:
             f'{{ echo "a node is 0 to {last}, not $node" >&2; exit 2; }}',
             *_exports(plan),
             *_knocking(shlex.quote(master), plan.port),
+            WAITING,
+            "(waiting $$ &)",
             "# gloo ranks that are restarted need a store of their own per attempt (torch 2.13)",
             "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
             f"exec {shlex.quote(plan.python)} -m torch.distributed.run \\",

@@ -40,6 +40,8 @@ from pardemo.machine import machine
 from pardemo.parameters import Refused
 
 UNFINISHED = 85  # the exit status of a training that was told to save and end
+# What gloo and nccl say of a rank that is gone, or that stands still
+LOST = r"(?i)timed out waiting|closed by peer|reset by peer|broken pipe|collective.*time(d )?out"
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,10 @@ def run(job: Job) -> dict[str, Any]:
         _join(job.join_s)
         try:
             return _train(job, told)
-        except Exception:
+        except Exception as error:
             kill_stopped_siblings()
+            if re.search(LOST, str(error)) and dist.is_initialized():
+                raise RuntimeError(_alone(job, str(error))) from error
             raise
         finally:
             if dist.is_initialized():
@@ -153,6 +157,24 @@ def _join(join_s: float) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     knock.at_master(join_s)
     dist.init_process_group(backend, timeout=timedelta(seconds=join_s))
+
+
+def _alone(job: Job, words: str) -> str:
+    """What a rank says that hears another one no longer: one line, with what to do."""
+    saved = [path.name for path in Path(job.folder, "checkpoints").glob("step-*[0-9]")]
+    newest = f"from {max(saved)}" if saved else "from the beginning"
+    last = words.strip().splitlines()[0].rpartition("] ")[2].partition(". ")[0][:150]
+    what = f"start the job again, and it goes on {newest}"
+    if job_id := os.environ.get("SLURM_JOB_ID"):
+        what = (
+            f"Slurm puts a job whose node is lost back into the queue, and it goes on {newest}; "
+            f"squeue -j {job_id} -o '%T %r' says what it waits for, pardemo doctor which node is "
+            "down. Where the node is there, submit the job again"
+        )
+    return (
+        f"rank {dist.get_rank()} on {socket.gethostname()} hears another rank no longer ({last}): "
+        f"its process or node has ended, or stands still; the other nodes say which. {what}"
+    )
 
 
 def _train(job: Job, told: Told) -> dict[str, Any]:

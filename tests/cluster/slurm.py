@@ -45,6 +45,7 @@ SlurmctldTimeout=10
 SlurmdTimeout=10
 KillWait=5
 InactiveLimit=0
+FirstJobId={first}
 Waittime=0
 SchedulerParameters=bf_interval=2,sched_interval=5
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=2 RealMemory=1000
@@ -70,6 +71,7 @@ class Slurm:
             CONFIG.format(
                 host=socket.gethostname().split(".")[0], user=user, root=root,
                 port=ports[0], port1=ports[1], port2=ports[2],
+                first=ports[0] % 9000 + 1,  # jobs of two Slurms do not meet at a port
             )
         )  # fmt: skip
         self.env = {**os.environ, "SLURM_CONF": str(self.config)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -31,10 +32,16 @@ def submit(slurm: Slurm, folder: Path, *program: str, options: Sequence[str] = (
     return slurm.run(*argv).strip()
 
 
-def test_a_two_node_job_trains_and_leaves_its_record(slurm: Slurm, tmp_path: Path) -> None:
+def test_a_two_node_job_trains_and_leaves_its_record_though_its_port_is_taken(
+    slurm: Slurm, tmp_path: Path
+) -> None:
     words = ["-m", "pardemo.cluster", "run", "--folder", str(tmp_path), "--steps", "10"]
-    job = submit(slurm, tmp_path, *words)
-    state = slurm.wait(job)
+    before = int(slurm.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"))
+    slurm.run("scancel", str(before))
+    with socket.create_server(("127.0.0.1", 20000 + (before + 1) % 10000)):
+        job = submit(slurm, tmp_path, *words)
+        assert int(job) == before + 1
+        state = slurm.wait(job)
     output = (tmp_path / f"slurm-{job}.out").read_text()
     assert state["JobState"] == "COMPLETED", output
     (path,) = tmp_path.glob("record-*.json")

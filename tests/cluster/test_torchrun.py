@@ -6,14 +6,17 @@ import contextlib
 import io
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pardemo import cli
@@ -97,6 +100,58 @@ def test_torchrun_on_two_nodes_trains_over_the_link(
     assert {place["host"] for place in told["nodes"].values()} == {"node0", "node1"}
     assert told["losses"] == pytest.approx(undisturbed, abs=1e-5)
     assert min(slow_lab.tx_bytes()) > 40 * 4_000  # at least the gradients of 40 steps
+
+
+def vanish(nodes: Nodes, node: int) -> None:
+    """SIGKILL everything in a node's namespaces at once, so that the kernel removes them."""
+    network = os.stat(f"/proc/{nodes.held.holder_pids[node]}/ns/net").st_ino
+    stopped: set[int] = set()
+    while new := {pid for pid in psutil.pids() if _network(pid) == network} - stopped:
+        for pid in new:
+            os.kill(pid, signal.SIGSTOP)
+        stopped |= new
+    for pid in stopped:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _network(pid: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return os.stat(f"/proc/{pid}/ns/net").st_ino
+    return None
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", range(20))
+def test_a_node_that_vanishes_ends_the_run_and_costs_nothing_that_was_saved(
+    lab_possible: None, tmp_path: Path, undisturbed: list[float], seed: int
+) -> None:
+    """At a random moment, every other one without a last packet, as when the power goes."""
+    chance = random.Random(seed)
+    lost, saved = chance.randrange(2), 5 * chance.randint(1, 7)
+    program = [*PROGRAM, "--timeout-s", "8", "--folder", str(tmp_path)]
+    with Nodes(2) as lab, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(torchrun.run_on_nodes, lab, program, tmp_path / "logs")
+        while not (tmp_path / "checkpoints" / f"step-{saved:08d}").exists():
+            assert not running.done(), running.result()
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 0.2))
+        if seed % 2:
+            lab.plug(lost, False)
+        vanish(lab, lost)
+        done = running.result()
+        assert done[lost].returncode == -signal.SIGKILL
+        assert done[1 - lost].returncode == 1, "the other had to be ended"
+        assert "start the job again" in done[1 - lost].stdout
+        asked = lab.run(lost, ["true"])
+        assert (asked.returncode, asked.stderr.count("\n")) == (1, 1)
+        assert "is gone: make a new lab" in asked.stderr
+        assert lab.run(1 - lost, ["hostname"]).stdout.strip() == f"node{1 - lost}"
+    with Nodes(2) as lab:
+        done_again = torchrun.run_on_nodes(lab, program, tmp_path / "logs")
+    assert [one.returncode for one in done_again] == [0, 0], done_again[0].stdout
+    assert record(tmp_path)["resumed_at_step"] >= saved
+    assert record(tmp_path)["losses"] == pytest.approx(undisturbed, abs=1e-5)
 
 
 def test_the_command_refuses_numbers_that_cannot_be_meant(tmp_path: Path) -> None:

@@ -160,8 +160,10 @@ def loses_a_node(folder: Path, lost: int, words: str, after_s: float, program: l
     for pid in (*agents[lost].workers(), agents[lost].process.pid):
         os.kill(pid, signal.SIGKILL)
     agents[lost].end()
-    code, _ = agents[1 - lost].end(60)
+    code, text = agents[1 - lost].end(60)
     assert code not in (0, -signal.SIGKILL), "the survivor had to be killed"
+    assert f"rank {1 - lost} on {socket.gethostname()} hears another rank no longer" in text
+    assert "start the job again, and it goes on from " in text
 
 
 @pytest.mark.timeout(200)
@@ -268,6 +270,24 @@ def test_21_the_script_says_soon_that_node_0_does_not_answer(tmp_path: Path) -> 
         assert line.startswith(f"nobody answers at 127.0.0.1:{port}: start this script with 0")
     assert "waiting for 11 s, see JOIN_S" in waiting
     assert "gave up after 1" in gave_up
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("program", "says"), [("exec sleep 4", 1), ("sleep 4 & wait", 0)])
+def test_21_the_script_says_beside_torchrun_that_no_rank_has_started(
+    tmp_path: Path, program: str, says: int
+) -> None:
+    """A torchrun that waits has no child yet, one whose nodes have come has its ranks."""
+    torchruns = tmp_path / "python"
+    torchruns.write_text(f"#!/bin/bash\n{program}\n")
+    torchruns.chmod(0o755)
+    script = template("torchrun", Plan(folder=str(tmp_path), python=str(torchruns)))
+    done = subprocess.run(
+        ["bash", "-s", "0"], input=script, env={**os.environ, "SAY_S": "1"}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no rank runs here after 1 s: torchrun waits for other nodes") == says
 
 
 @pytest.mark.timeout(200)
