@@ -52,6 +52,7 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]] = {
     "ddp": (("model", "config", "gpus", "strategy"), (("iter_s_p50", "ex_s_per_gpu", "steps_s"),)),
 }
 LARGEST = 1e24  # of any number in a table: bytes, FLOP/s and tokens stay far below
+DELIMITERS = ",;\t"
 MISSING = ("", "nan", "none", "null", "na", "n/a", "-")
 
 
@@ -98,7 +99,10 @@ class Table:
 
 
 def read(path: str | Path) -> Table:
-    """Read and recognise a table. TableError for a file that is missing, binary, empty, ragged."""
+    """Read and recognise a table, its cells parted by commas, semicolons or tabs.
+
+    TableError for a file that is missing, binary, empty, ragged.
+    """
     name = str(path)
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -108,7 +112,9 @@ def read(path: str | Path) -> Table:
         raise TableError(f"{name}: cannot be read ({error.strerror})") from None
     if "\x00" in text:
         raise TableError(f"{name}: not a text file (it has NUL bytes)")
-    reader = csv.reader(text.splitlines())
+    lines = text.splitlines()
+    first = next((line for line in lines if line.strip()), "")
+    reader = csv.reader(lines, delimiter=max(DELIMITERS, key=first.count))  # of equals, the first
     try:
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:

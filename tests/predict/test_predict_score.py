@@ -49,6 +49,16 @@ def _iterations(tmp_path, count=120, noise=0.02):
     return _write(path, header, rows)
 
 
+@pytest.mark.parametrize("parted", [";", "\t"])
+def test_cells_may_be_parted_by_semicolons_or_tabs(tmp_path, parted):
+    path = _iterations(tmp_path, count=5)
+    told = read(path)
+    path.write_text(path.read_text().replace(",", parted))
+    again = read(path)
+    assert (again.kind, again.cells) == (told.kind, told.cells)
+    assert len(again) == 5
+
+
 def test_a_table_made_by_the_physics_is_predicted_within_its_noise(tmp_path):
     found = predict.score(_iterations(tmp_path), 50, seed=3)
     assert found.stats["calibrated"] == 50
