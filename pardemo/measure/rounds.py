@@ -22,7 +22,7 @@ from pardemo.measure.inside import Case, Raw, Taken, Taking
 from pardemo.measure.samples import Block, Phase, Samples
 from pardemo.measure.timing import Ratio, Timing, milliseconds
 
-SAMPLE_S = 0.025  # what stands between two samples, about 0.1 ms, is 0.4 % of this
+SAMPLE_S = 0.05  # what stands between two samples, about 0.1 ms, is 0.2 % of this
 MOST_STEPS = 50
 
 Progress = Callable[[int, int, str], None]  # (rounds done, rounds at most, what happened)

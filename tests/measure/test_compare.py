@@ -155,7 +155,7 @@ def test_a_short_step_is_timed_several_in_a_row_and_the_line_says_so(ranks2):
 
 
 def test_what_is_taken_depends_on_how_long_a_step_is():
-    assert taking(0.009) == inside.Taking(8, 3)  # 27 ms a sample
+    assert taking(0.009) == inside.Taking(4, 6)  # 54 ms a sample
     assert taking(0.1) == inside.Taking(3, 1)
     assert taking(2.0, share_s=3.0) == inside.Taking(1, 1)
     assert taking(0.009, share_s=0.02) == inside.Taking(1, 2)
