@@ -21,7 +21,7 @@ FIRST_CAP = 1024 * 1024  # of the bucket that DDP sends first: it thinks this si
 FASTER = 2.0  # how much faster another network must be to be worth a word
 LATENT = 0.2  # share of a transfer that is latency of buckets that one could carry
 MANY = 4  # short collectives of one step that could be one
-TALKS = 0.75  # transfer over work from which a batch is called tiny
+TALKS = 0.5  # transfer over work from which a batch is called tiny
 HIDDEN = 0.75  # share of a backward that can hide buckets: the first must be filled before
 
 
@@ -165,11 +165,14 @@ def _one_bucket(run: Run, parts: Parts) -> Suspect | None:
 def _tiny_batch(run: Run, parts: Parts) -> Suspect | None:
     if has_point_to_point(run) or not _of_parameters(run.records[0].traffic):
         return None  # its waiting is a bubble, or grows with the batch: no remedy
-    updating = float(run.median("optimizer_s").min())  # it does not grow with the batch either
-    own = max(0.0, float(np.median(parts.work, axis=1).max()) - updating)
+    work = np.median(parts.work, axis=1)
+    busy = work + np.median(parts.pushed, axis=1)  # on a busy machine the transfer is longer too
+    updating = run.median("optimizer_s").min()  # it does not grow with the batch either
+    own = max(0.0, float(busy.max() - updating))
     transfer = float(np.median(parts.gradients + parts.rest))
+    alone = float(work.max()) + transfer  # the step without the time in which others had the core
     least = TALKS if run.records[0].wrappers or not run.records[0].traffic else 2 * TALKS
-    if transfer < least * own or transfer < 0.25 * parts.step_s():
+    if transfer < least * own or transfer < 0.25 * alone:
         return None
     samples = run.records[0].samples
 

@@ -2,14 +2,16 @@
 
     python tests/measure/planted.py [ROUNDS] [PART OF A NAME]
 
-Prints a line for each script: what was planted, what was named, whether it was named first (or, for
-a healthy script, whether nothing was named), and at the end how many were. No library call is told
-what was planted. The scripts are plain DDP and FSDP, as a learner writes them.
+Prints a line for each script: what was planted, what was named at which share of the step, and at
+the end how many were named, how many first. Of a healthy script nothing may be named. No library
+call is told what was planted. The scripts are plain DDP and FSDP, as a learner writes them.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -41,11 +43,14 @@ def conv(width: int) -> nn.Module:
 
 def attention(width: int) -> nn.Module:
     layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
-    return nn.Sequential(nn.Unflatten(1, (16, width)), nn.TransformerEncoder(layer, 2), nn.Flatten())
+    return nn.Sequential(
+        nn.Unflatten(1, (16, width)), nn.TransformerEncoder(layer, 2), nn.Flatten()
+    )
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "mlp": (partial(mlp, 512), 512),
+    "deep": (partial(mlp, 128, 16), 128),
     "wide": (partial(mlp, 1024, 2), 1024),
     "conv": (partial(conv, 32), 768),
     "attention": (partial(attention, 64), 1024),
@@ -64,11 +69,15 @@ class Samples(Dataset):
         return torch.ones(self.features)
 
 
-def loop_over_elements(parameters: list[torch.Tensor]) -> None:
-    with torch.no_grad():
-        for p in parameters:
-            for row in p.view(p.shape[0], -1).split(1):
-                row.add_(0.001)
+class ByRows(torch.optim.SGD):
+    """An optimizer that somebody wrote as a loop over the rows of every parameter."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                for row, grad in zip(p.split(1), p.grad.split(1), strict=True):
+                    row.add_(grad, alpha=-group["lr"])
 
 
 def train(
@@ -87,7 +96,8 @@ def train(
         run: Any = fully_shard(net)
     else:
         run = DDP(net, **ddp)
-    optimizer = torch.optim.AdamW(run.parameters(), lr=1e-4)
+    kind: Any = ByRows if by_rows else torch.optim.AdamW
+    optimizer = kind(run.parameters(), lr=1e-4)
     mine = batch * (more if dist.get_rank() == 1 else 1)
     data: Any = [torch.ones(mine, features)] * STEPS
     if sleep_s:
@@ -98,14 +108,14 @@ def train(
                 time.sleep(late_s)
             value = run(inputs).pow(2).mean()
             value.backward()
-        if by_rows:
-            loop_over_elements(list(run.parameters()))
         optimizer.step()
         optimizer.zero_grad()
         for _ in range(losses):
             dist.all_reduce(value.detach().clone())
         if save:
-            torch.save(run.state_dict(), "/dev/null")
+            with tempfile.TemporaryFile() as file:
+                torch.save((run.state_dict(), optimizer.state_dict()), file)
+                os.fsync(file.fileno())
         time.sleep(outside_s)
 
 
@@ -137,7 +147,7 @@ PLANTED: dict[str, tuple[str, Callable[[], None]]] = {
     "healthy wide": ("", partial(train, "wide", 768)),
     "healthy conv": ("", partial(train, "conv", 32)),
     "healthy attention": ("", partial(train, "attention", 48)),
-    "healthy sharded mlp": ("", partial(train, "mlp", 768, shard=True)),
+    "healthy sharded mlp": ("", partial(train, "mlp", 2048, shard=True)),
     "tiny batch mlp 1": ("tiny batch", partial(train, "mlp", 1)),
     "tiny batch mlp 8": ("tiny batch", partial(train, "mlp", 8)),
     "tiny batch wide 4": ("tiny batch", partial(train, "wide", 4)),
@@ -158,9 +168,9 @@ PLANTED: dict[str, tuple[str, Callable[[], None]]] = {
         "find_unused_parameters", partial(train, "mlp", 256, find_unused_parameters=True)),
     "unused attention": (
         "find_unused_parameters", partial(train, "attention", 16, find_unused_parameters=True)),
-    "crumbs mlp": ("many tiny buckets", partial(train, "mlp", 128, bucket_cap_mb=0.01)),
+    "crumbs deep": ("many tiny buckets", partial(train, "deep", 128, bucket_cap_mb=0.01)),
     "crumbs attention": ("many tiny buckets", partial(train, "attention", 8, bucket_cap_mb=0.01)),
-    "huge bucket": ("one huge bucket", partial(train, "wide", 256, bucket_cap_mb=1000)),
+    "huge bucket": ("one huge bucket", partial(train, "wide", 64, bucket_cap_mb=1000)),
     "pipeline 1 and 4": ("imbalanced pipeline", partial(lopsided, 512, (1, 4), 256)),
     "pipeline 5 and 2": ("imbalanced pipeline", partial(lopsided, 512, (5, 2), 256)),
     "saving": ("saving in every step", partial(train, "wide", 256, save=True)),
@@ -171,18 +181,19 @@ PLANTED: dict[str, tuple[str, Callable[[], None]]] = {
 
 
 def main(rounds: int, part: str) -> None:
-    named = tried = 0
+    named = first = tried = 0
     for _ in range(rounds):
         for name, (planted, script) in PLANTED.items():
             if part not in name:
                 continue
             found = diagnose(observe(script, nprocs=2, timeout=120))
-            right = found.causes[:1] == [planted] if planted else not found.causes
+            right = planted in found.causes if planted else not found.causes
             named, tried = named + right, tried + 1
+            first += right and found.causes[:1] in ([planted], [])
             said = ", ".join(f"{f.cause} {f.lost_s / found.step_s:.0%}" for f in found.findings)
             mark = "ok   " if right else "WRONG"
             print(f"{mark} {name:24} {found.step_s * 1e3:7.1f} ms  {said or 'nothing'}", flush=True)
-    print(f"{named} of {tried} named first")
+    print(f"{named} of {tried} named, or rightly nothing; {first} of them first")
 
 
 if __name__ == "__main__":
