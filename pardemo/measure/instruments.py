@@ -93,7 +93,8 @@ class Recorder:
         self._optimizer_start, self._optimizer_apart = time.perf_counter(), self._apart()
         if not self._parameters_shapes:
             mine = [p for group in optimizer.param_groups for p in group["params"]]
-            if not any(isinstance(p, DTensor) for p in mine):  # they cost more in any optimizer
+            stock = type(optimizer).__module__.startswith("torch.optim.")  # no update to blame
+            if not stock and not any(isinstance(p, DTensor) for p in mine):  # dear in any optimizer
                 self._parameters_shapes = [p.shape for p in mine]
 
     def _updated(self, optimizer: torch.optim.Optimizer) -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pardemo import cluster
 from pardemo.measure import diagnose, observe
+from pardemo.measure.instruments import Recorder
 from pardemo.measure.observe import Run
 from pardemo.measure.watched import RankRecord
 
@@ -203,3 +204,22 @@ def test_a_run_without_optimizer_steps_says_so():
     run = Run((RankRecord(0, 1, 0, (), None, ()),), 2)
     with pytest.raises(ValueError, match="no optimizer stepped"):
         diagnose(run)
+
+
+class ByRows(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                for row in p.split(1):
+                    row.add_(0.001)
+
+
+def test_torchs_own_optimizer_is_not_held_against_another_of_torchs():
+    for kind, tried in ((torch.optim.SGD, 0), (ByRows, 2)):
+        net, recorder = nn.Linear(4, 2), Recorder()
+        with recorder.attached():
+            optimizer = kind(net.parameters(), lr=0.1)
+            net(torch.ones(1, 4)).sum().backward()
+            optimizer.step()
+        assert len(recorder._parameters_shapes) == tried
