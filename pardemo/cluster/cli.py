@@ -199,6 +199,8 @@ def _examine(arguments: argparse.Namespace) -> int:
     from pardemo.parameters import Refused
 
     nodes = [reach.parse(text) for text in arguments.nodes]
+    if not 0 < arguments.timeout_s <= 86_400:
+        raise Refused(f"--timeout-s must be 0 to 86,400 seconds, not {arguments.timeout_s:g}")
     if arguments.this is not None and not 0 <= arguments.this < len(nodes):
         raise Refused(f"--this is 0 to {len(nodes) - 1}, not {arguments.this}")
     if nodes:

@@ -19,7 +19,10 @@ from pardemo.parameters import Refused, nearest
 RULES = {
     "name": (r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", "small letters, digits and dashes: my-run-7"),
     "folder": (r"/(?!.*\.\.)[\w./+=@-]*", "an absolute path of letters, digits and . / _ + = @ -"),
-    "time": (r"(\d{1,3}-)?\d{1,2}:[0-5]\d:[0-5]\d", "hours:minutes:seconds, or days-hours:..."),
+    "time": (
+        r"(?=.*[1-9])(\d{1,3}-)?\d{1,2}:[0-5]\d:[0-5]\d",
+        "hours:minutes:seconds, or days-hours:..., and more than 0, which Slurm takes for no limit",
+    ),
     "partition": (r"[A-Za-z0-9][\w.-]*", "a partition's name"),
     "account": (r"[A-Za-z0-9][\w.-]*", "an account's name"),
     "interface": (r"[A-Za-z0-9][\w.-]{0,14}", "an interface's name: eth0, ib0"),

@@ -39,6 +39,7 @@ from pardemo.cluster.world import translate_slurm
 from pardemo.machine import machine
 from pardemo.parameters import Refused
 
+LONGEST_S = 10_000_000  # a limit beyond it is a mistake, and torch's clock overflows
 UNFINISHED = 85  # the exit status of a training that was told to save and end
 # What gloo and nccl say of a rank that is gone, or that stands still
 LOST = r"(?i)timed out waiting|closed by peer|reset by peer|broken pipe|collective.*time(d )?out"
@@ -77,6 +78,9 @@ class Job:
                 raise Refused(f"{name} must be more than 0 seconds, not {getattr(self, name):g}")
         if not self.pause_s >= 0:
             raise Refused(f"pause_s must be 0 seconds or more, not {self.pause_s:g}")
+        for name in ("timeout_s", "join_s", "pause_s"):
+            if getattr(self, name) > LONGEST_S:
+                raise Refused(f"{name} must be at most {LONGEST_S:,} s, not {getattr(self, name)}")
         workloads.workload(self.workload)  # Refused where there is none: before anything is written
         for folder in (Path(self.folder), Path(self.folder) / "checkpoints"):
             _writable(folder)

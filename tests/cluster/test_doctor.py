@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import socket
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pardemo import cli
 from pardemo.cluster import Nodes, desk, doctor, meeting, reach
 from pardemo.parameters import Refused
 
@@ -393,3 +396,11 @@ def test_every_pair_meets_once_and_no_node_is_in_two_pairs_at_a_time(count: int)
 def test_a_node_is_a_host_and_a_port(bad: str) -> None:
     with pytest.raises(Refused, match="host:port"):
         reach.parse(bad)
+
+
+@pytest.mark.parametrize("bad", ["1e300", "0", "-1"])
+def test_the_doctor_waits_for_a_time_that_ends(bad: str) -> None:
+    nodes = ["127.0.0.1:29400", "127.0.0.2:29400"]
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        assert cli.main(["doctor", "--timeout-s", bad, "--nodes", *nodes]) == 2
+    assert told.getvalue().startswith("pardemo: --timeout-s must be 0 to 86,400 seconds, not ")

@@ -52,10 +52,15 @@ def test_a_killed_worker_is_restarted_and_ends_with_the_same_losses(
     assert list(temporary.glob("torchelastic_*")) == []
 
 
-def test_a_killed_agent_leaves_no_worker(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, 21))]
+)
+def test_a_killed_agent_leaves_no_worker(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
     agent = Agent(tmp_path, torchrun.ENVIRONMENT)
-    agent.until("step 3 ")
+    agent.until(f"step {chance.randint(1, 36)} ")
     workers = agent.workers()
+    time.sleep(chance.uniform(0, 0.05))
     agent.process.kill()
     agent.end()
     assert len(workers) == 2
@@ -167,6 +172,10 @@ def test_the_command_refuses_numbers_that_cannot_be_meant(tmp_path: Path) -> Non
         Job(str(tmp_path), pause_s=-1).check()
     with pytest.raises(Refused, match="timeout_s must be more than 0 seconds, not 0"):
         Job(str(tmp_path), timeout_s=0).check()
+    with pytest.raises(Refused, match="join_s must be more than 0 seconds, not nan"):
+        Job(str(tmp_path), join_s=float("nan")).check()
+    with pytest.raises(Refused, match="pause_s must be at most 10,000,000 s, not inf"):
+        Job(str(tmp_path), pause_s=float("inf")).check()
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused, match=r"nothing can be written into '.*file'.*give --folder"):
         Job(str(tmp_path / "file")).check()
@@ -182,6 +191,7 @@ def test_the_command_refuses_at_once_in_one_line(tmp_path: Path) -> None:
     for more, said in (
         (["--pause-s", "-1"], "pause_s must be 0 seconds or more, not -1"),
         (["--timeout-s", "0"], "timeout_s must be more than 0 seconds, not 0"),
+        (["--timeout-s", "1e300"], "timeout_s must be at most 10,000,000 s, not 1e+300"),
         (["--folder", str(tmp_path / "file")], "give --folder one where you may"),
     ):
         with contextlib.redirect_stderr(io.StringIO()) as told:
