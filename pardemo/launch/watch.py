@@ -57,9 +57,9 @@ def interrupts_held() -> Iterator[None]:
     stopped = False
     try:
         yield
-    except KeyboardInterrupt:
-        stopped = True
-        raise
+    except KeyboardInterrupt as error:
+        stopped = True  # raised anew: IPython fails to show a frame interrupted between two lines
+        raise KeyboardInterrupt(*error.args) from None
     finally:
         _hold = None
         signal.signal(signal.SIGINT, before)

@@ -95,6 +95,7 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
     failed: sqlite3.DatabaseError | None = None
     for way in ways:
         db = sqlite3.connect(f"{path.resolve().as_uri()}?{way}", uri=True, isolation_level=None)
+        db.text_factory = _text
         try:
             _check(db, path)
             return db
@@ -192,8 +193,14 @@ def _make_private(path: Path) -> None:
         raise Refused(f"{path} is not a regular file")
 
 
+def _text(stored: bytes) -> str:
+    """What is stored as text; damage that is no text any more is left to the row's sha256."""
+    return stored.decode(errors="replace")
+
+
 def _open(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=30.0, isolation_level=None)
+    db.text_factory = _text
     try:
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA synchronous = FULL")

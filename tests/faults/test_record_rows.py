@@ -219,6 +219,17 @@ def test_bytes_flipped_anywhere_are_noticed_never_believed(tmp_path: Path, seed:
     assert noticed > 0
 
 
+def test_a_status_that_is_no_text_any_more_is_noticed(tmp_path: Path) -> None:
+    """Row 33: one bit of "done" made it no UTF-8, which SQLite refused to read."""
+    path = tmp_path / "results" / "pardemo.sqlite"
+    fill(path)
+    path.write_bytes(path.read_bytes().replace(b"done", b"do\xeee"))
+    with pytest.warns(UserWarning, match="fails its sha256"):
+        store = records.open(path)
+    assert store.runs() == []
+    store.close()
+
+
 def test_a_file_that_may_not_be_written_is_read_and_named_when_written(tmp_path: Path) -> None:
     """Row 33. Without the capability by which root writes everywhere."""
     path = tmp_path / "results" / "pardemo.sqlite"
