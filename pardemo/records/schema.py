@@ -74,8 +74,9 @@ def connect(path: Path) -> sqlite3.Connection:
     _make_private(path)
     try:
         return _open(path)
-    except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorname", "").split("_IOERR")[0] not in DAMAGE:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter: SQLite quotes damage
+        named = getattr(error, "sqlite_errorname", "").split("_IOERR")[0]
+        if isinstance(error, sqlite3.DatabaseError) and named not in DAMAGE:
             raise explain(error, path) from error
         aside = set_aside(path)
         warnings.warn(f"{path} is damaged ({error}); set aside as {aside.name}", stacklevel=3)
@@ -92,7 +93,7 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
     ways = ["mode=ro"]
     if not (journal.exists() and journal.stat().st_size):
         ways.append("mode=ro&immutable=1")
-    failed: sqlite3.DatabaseError | None = None
+    failed: Exception | None = None
     for way in ways:
         db = sqlite3.connect(f"{path.resolve().as_uri()}?{way}", uri=True, isolation_level=None)
         db.text_factory = _text
@@ -101,7 +102,7 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
             return db
         except BaseException as error:
             db.close()
-            if not isinstance(error, sqlite3.DatabaseError):
+            if not isinstance(error, sqlite3.DatabaseError | UnicodeDecodeError):
                 raise
             failed = error
     raise StoreError(f"{path} cannot be read: {failed}; copy it to a folder of yours and try again")
@@ -125,7 +126,7 @@ def transaction(db: sqlite3.Connection, path: Path) -> Iterator[None]:
         db.execute("BEGIN IMMEDIATE")
         yield
         db.execute("COMMIT")
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise explain(error, path) from error
@@ -135,7 +136,7 @@ def transaction(db: sqlite3.Connection, path: Path) -> Iterator[None]:
         raise
 
 
-def explain(error: sqlite3.Error, path: Path) -> StoreError:
+def explain(error: sqlite3.Error | UnicodeDecodeError, path: Path) -> StoreError:
     """The same failure in words that say which file and what to do."""
     name = getattr(error, "sqlite_errorname", "")
     if name == "SQLITE_FULL" or "IOERR_WRITE" in name:
@@ -148,6 +149,8 @@ def explain(error: sqlite3.Error, path: Path) -> StoreError:
         return StoreError(f"{path} cannot be written: {error}; check its permissions")
     if name in ("SQLITE_BUSY", "SQLITE_LOCKED"):
         return StoreError(f"{path} is locked by another process for over 30 s; try again later")
+    if name in DAMAGE or isinstance(error, UnicodeDecodeError):
+        return StoreError(f"{path} is damaged: {error}; rename it, and the next run begins another")
     return StoreError(f"{path}: {error}")
 
 
@@ -222,9 +225,7 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
     """Refuse a file of another program or a newer pardemo; raise on damage."""
     found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
     if found != "ok":
-        error = sqlite3.DatabaseError(found)
-        error.sqlite_errorname = "SQLITE_CORRUPT"
-        raise error
+        raise _damage(found)
     version, tables = _pragma(db, "user_version"), _pragma(db, "schema_version")
     if tables and _pragma(db, "application_id") != APPLICATION:
         raise Refused(f"{path} is a database of another program; choose another results folder")
@@ -233,6 +234,28 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
             f"{path} has schema {version}, this pardemo knows {VERSION}: use a newer pardemo, "
             "or another results folder"
         )
+    if version == VERSION:
+        with contextlib.closing(sqlite3.connect(":memory:")) as fresh:
+            fresh.executescript(TABLES)
+            lost = _columns(fresh) - _columns(db)
+        if lost:
+            raise _damage(f"no column {'.'.join(min(lost))}")
+
+
+def _damage(said: str) -> sqlite3.DatabaseError:
+    error = sqlite3.DatabaseError(said)
+    error.sqlite_errorname = "SQLITE_CORRUPT"
+    return error
+
+
+def _columns(db: sqlite3.Connection) -> set[tuple[str, str]]:
+    """Every table's columns; a flipped bit in a name passes SQLite's own check."""
+    return set(
+        db.execute(
+            "SELECT t.name, c.name FROM sqlite_master t, pragma_table_info(t.name) c"
+            " WHERE t.type = 'table'"
+        )
+    )
 
 
 def _pragma(db: sqlite3.Connection, name: str) -> int:

@@ -181,7 +181,7 @@ class Store:
 
     def runs(self) -> list[RunRow]:
         """Every run, oldest first; a row whose sha256 does not fit is left out and named."""
-        rows = self.db.execute(f"SELECT {RUN_COLUMNS}, sha256 FROM runs ORDER BY rowid").fetchall()
+        rows = self._read(f"SELECT {RUN_COLUMNS}, sha256 FROM runs ORDER BY rowid")
         good = []
         for *row, check in rows:
             if _run_digest(row) != check:
@@ -206,11 +206,11 @@ class Store:
 
     def cases(self, run: str) -> list[CaseRow]:
         """The finished cases of a run in the order they ended; damaged rows are named, not read."""
-        rows = self.db.execute(
+        rows = self._read(
             "SELECT run, name, repeat, status, ended, content, sha256 FROM cases"
             " WHERE run = ? ORDER BY rowid",
             [run],
-        ).fetchall()
+        )
         good = []
         for *row, check in rows:
             timed = [(s.round, s.position, s.iteration, s.phase, s.seconds)
@@ -223,12 +223,19 @@ class Store:
 
     def samples(self, run: str, name: str, repeat: int = 0) -> list[Sample]:
         """The raw samples of a case, warm-up included, in the order they were taken."""
-        rows = self.db.execute(
+        rows = self._read(
             "SELECT round, position, iteration, seconds, phase FROM samples"
             " WHERE run = ? AND name = ? AND repeat = ? ORDER BY round, iteration, phase DESC",
             [run, name, repeat],
         )
         return [Sample(*row) for row in rows]
+
+    def _read(self, query: str, values: Iterable[Any] = ()) -> list[Any]:
+        """All rows; StoreError where damage that passed SQLite's own check is met on the way."""
+        try:
+            return self.db.execute(query, list(values)).fetchall()
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise schema.explain(error, self.path) from error
 
     def _update(self, run: str, status: str, ended: str | None, pid: int) -> None:
         with schema.transaction(self.db, self.path):

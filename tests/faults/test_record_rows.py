@@ -230,6 +230,15 @@ def test_a_status_that_is_no_text_any_more_is_noticed(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_column_with_another_name_is_damage(tmp_path: Path) -> None:
+    """Row 33: SQLite's own check has nothing against it."""
+    path = tmp_path / "results" / "pardemo.sqlite"
+    fill(path)
+    path.write_bytes(path.read_bytes().replace(b"pid_started", b"pid_starteb"))
+    with pytest.warns(UserWarning, match=r"damaged \(no column runs.pid_started\); set aside"):
+        records.open(path).close()
+
+
 def test_a_file_that_may_not_be_written_is_read_and_named_when_written(tmp_path: Path) -> None:
     """Row 33. Without the capability by which root writes everywhere."""
     path = tmp_path / "results" / "pardemo.sqlite"
