@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,9 +56,19 @@ def _own_temporary_folder() -> None:
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
 
 
+def _hear_signals() -> None:
+    """What runs in the background or under nohup ignores signals, and so does what it starts: tests
+    that stop a process would wait for ever. A handler is not inherited, ignoring is."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
+
+
 def pytest_configure() -> None:
     """Take as many open files as the system allows, or say in one line what the tests need."""
     _own_temporary_folder()
+    _hear_signals()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
     if enough < LEAST_FILES:

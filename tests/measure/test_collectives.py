@@ -61,9 +61,10 @@ def counted(kind):
 
 @pytest.mark.parametrize("kind", collectives.KINDS)
 def test_the_size_is_the_whole_array(ranks2, kind):
-    found = ranks2(counted, kind)[0]
-    assert found.payload_bytes(kind=kind) == 1200
-    assert found.textbook_bytes == collectives.factor(kind, 2) * 1200
+    found = ranks2(counted, kind)
+    assert found[0].payload_bytes(kind=kind) == 1200
+    # of a broadcast and a reduce one of two ranks sends the array; of the others both send as much
+    assert max(one.textbook_bytes for one in found) == collectives.factor(kind, 2) * 1200
 
 
 def lying(mesh):
