@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,3 +68,16 @@ def test_constraints_hold_versions_only_no_address_and_no_local_build() -> None:
     for line in (ROOT / "constraints.txt").read_text().split():
         assert line.count("==") == 1
         assert not any(mark in line for mark in ("://", "@", "+", "/"))
+
+
+def test_what_is_pinned_runs_on_the_oldest_python_that_is_promised() -> None:
+    """A pin that needed 3.11.5 let no machine with Debian 12's 3.11.2 set up."""
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    pinned = constraints()
+    newer = [
+        f"{one.name} {one.version} needs {one.metadata['Requires-Python']}"
+        for one in metadata.distributions()
+        if canonicalize_name(one.name) in map(canonicalize_name, pinned)
+        and not SpecifierSet(one.metadata["Requires-Python"] or "").contains(oldest)
+    ]
+    assert not newer
