@@ -70,11 +70,6 @@ class Samples:
         """Step times (maximum over ranks) of each measured round."""
         return [block.step_s for block in self.of(variant)]
 
-    def skew(self, variant: str) -> float:
-        """Median over samples of (slowest - fastest rank) / slowest."""
-        parts = [1 - b.wall_s.min(axis=0) / b.wall_s.max(axis=0) for b in self.of(variant)]
-        return float(np.median(np.concatenate(parts)))
-
     def waited(self, variant: str) -> float:
         """Share of the measured time that ranks spent ready but without a core."""
         blocks = self.of(variant)

@@ -67,6 +67,7 @@ def transfer_seconds(
     logarithm of `gap_s`, the seconds of computation between them.
     """
     curves, soon, hiding = (profile.curves(how) for how in ("", "soon", "beside"))
+    nearness = _nearness(profile, gap_s)
     out = []
     for m in sent.messages:
         each = m.payload_bytes / m.calls
@@ -76,7 +77,7 @@ def transfer_seconds(
         one, evidence = (hiding if beside else curves).time(m.kind, group, nodes, each)
         formula = f"{m.calls} x {m.kind} of {human(each, 'bytes')}"
         formula += " beside computation" if beside else ""
-        near = 0.0 if beside or m.phase == "optimizer" else _nearness(profile, gap_s)
+        near = 0.0 if beside or m.phase == "optimizer" else nearness
         if near and key in soon.curves and each <= soon.curves[key].range_bytes[1]:
             one = near * soon.time(m.kind, group, nodes, each)[0] + (1 - near) * one
             formula += f", {human(gap_s, 's')} apart"

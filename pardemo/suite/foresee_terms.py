@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
+from pardemo.measure.causes_sent import DEFAULT_CAP, FIRST_CAP
 from pardemo.predict import Profile, SentBytes, Term
 from pardemo.predict.prediction import human
 from pardemo.predict.sent import Message
@@ -52,9 +53,6 @@ def each_message(name: str, scene: Scene, sent: SentBytes) -> SentBytes:
     return sent
 
 
-FIRST, LATER = 2**20, 25 * 2**20  # bytes after which DDP closes its first bucket, and later ones
-
-
 def _buckets(m: Message, scene: Scene) -> list[Message]:
     """DDP's gradients as they are sent: all buckets but the last beside the backward pass."""
     sizes = [p.numel() * p.element_size() for p in reversed(scene.parameters)]
@@ -62,7 +60,7 @@ def _buckets(m: Message, scene: Scene) -> list[Message]:
         return [m]
     filled = [0]
     for size in sizes:
-        if filled[-1] >= (LATER if len(filled) > 1 else FIRST):
+        if filled[-1] >= (DEFAULT_CAP if len(filled) > 1 else FIRST_CAP):
             filled.append(0)
         filled[-1] += size
     return [

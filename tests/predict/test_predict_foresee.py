@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from pardemo import predict
+from pardemo.measure.causes_sent import FIRST_CAP
 from pardemo.suite.foresee import Part, needed, overlap, part_cases, read_parts
-from pardemo.suite.foresee_terms import FIRST, additions, each_message, slices
+from pardemo.suite.foresee_terms import additions, each_message, slices
 from pardemo.suite.forms import closed_form
 from pardemo.suite.scene import Scene
 from pardemo.workloads import workload
@@ -124,7 +125,9 @@ def test_gradients_go_in_buckets_and_only_the_last_has_no_computation_beside_it(
     sent = each_message("ddp", SCENE, closed_form("ddp", SCENE, 1))
     first, last, loss = sorted(sent.messages, key=lambda m: (m.phase != "backward", not m.beside))
     assert (first.beside, last.beside, loss.beside) == (True, False, False)
-    assert FIRST <= first.payload_bytes < FIRST + max(p.numel() * 4 for p in SCENE.parameters)
+    assert (
+        FIRST_CAP <= first.payload_bytes < FIRST_CAP + max(p.numel() * 4 for p in SCENE.parameters)
+    )
     assert first.payload_bytes + last.payload_bytes == 4 * SCENE.elements
 
 
