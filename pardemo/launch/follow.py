@@ -15,6 +15,7 @@ from pardemo.launch.output import Output
 GRACE_S = 0.5  # after the first failure, for the others to report theirs
 UNEXPLAINED_S = 3.0  # the same while every failure so far looks like a consequence
 END_S = 5.0  # for the fork server to say what a rank died of
+DYING_S = 1.0  # a process that is killed may have closed its files and still count as running
 ASK_S = 0.5  # for a rank to say where it is
 LOOK_S = 1.0  # between two looks at ranks that still run when others have returned
 _LONGEST_WAIT_S = 3600.0
@@ -93,10 +94,13 @@ class Follow:
 
     def _await_ends(self) -> None:
         """A rank that cannot be talked to has often ended: then wait to hear of what."""
-        end = time.monotonic() + END_S
+        began = time.monotonic()
         lost = [o for o in self.outcomes.values() if o.lost]
-        while time.monotonic() < end:
-            if not any(o.lost and self.group.state(o.rank) in ("", "Z") for o in lost):
+        while (passed := time.monotonic() - began) < END_S:
+            mute = [o for o in lost if o.lost]
+            if passed >= DYING_S:
+                mute = [o for o in mute if self.group.state(o.rank) in ("", "X", "Z")]
+            if not mute:
                 break
             self.take(self.next(0.05))
 

@@ -28,6 +28,7 @@ from pardemo.launch import family, servers, watch, wire
 
 _CHUNK_BYTES = 1 << 18
 _STRAYS_S = 2.0  # for what ranks have left to be found and ended
+_PF_EXITING = 0x4  # among the flags of /proc/PID/stat; linux/sched.h
 _NO_SERVER = (
     "the process that forks ranks was ended from outside, and all ranks with it; "
     "the next launch starts another"
@@ -102,12 +103,14 @@ class Group:
                 os.kill(self.pids[rank], signum)
 
     def state(self, rank: int) -> str:
-        """The process state of a rank as /proc has it: R, S, D, T (stopped), Z; "" if unknown."""
+        """The process state of a rank as /proc has it: R, S, D, T (stopped), Z, or "" if unknown;
+        X for one that is ending, which /proc calls running while it closes its files."""
         try:
             text = Path(f"/proc/{self.pids[rank]}/stat").read_text()
         except (OSError, KeyError):
             return ""
-        return text.rsplit(")", 1)[1].split()[0]
+        fields = text.rsplit(")", 1)[1].split()
+        return "X" if int(fields[6]) & _PF_EXITING else fields[0]
 
     @property
     def alive(self) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -13,16 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
-
-
-def rank() -> int:
-    return dist.get_rank()
-
-
-def wait_for_all() -> None:
-    dist.all_reduce(torch.ones(4))  # moves 16 bytes between the ranks
+from launch_hangs import (
+    keeps_the_interpreter,
+    rank,
+    sleeps,
+    stops_its_process,
+    swallows_everything,
+    wait_for_all,
+    waits_elsewhere,
+)
 
 
 def raises_before(culprit: int) -> None:
@@ -149,6 +152,15 @@ def is_killed(culprit: int) -> None:
     wait_for_all()
 
 
+def is_killed_with_its_connection_closed(culprit: int) -> None:
+    """As a process that the kernel kills: its files close before it counts as dead."""
+    if rank() == culprit:
+        for connection in psutil.Process().net_connections("unix"):
+            socket.socket(fileno=connection.fd).shutdown(socket.SHUT_WR)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def segfaults(culprit: int) -> None:
     if rank() == culprit:
         ctypes.string_at(0)
@@ -212,43 +224,6 @@ def misses_the_barrier(culprit: int) -> None:
     dist.monitored_barrier(timeout=timedelta(seconds=1))
 
 
-def sleeps(culprit: int) -> None:
-    if rank() == culprit:
-        time.sleep(60)
-    wait_for_all()
-
-
-def keeps_the_interpreter(culprit: int) -> None:
-    """Blocks in C with the interpreter's lock held: no Python thread of that rank can run."""
-    if rank() == culprit:
-        ctypes.PyDLL(None).sleep(60)
-    wait_for_all()
-
-
-def stops_its_process(culprit: int) -> None:
-    if rank() == culprit:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    wait_for_all()
-
-
-def waits_elsewhere(culprit: int) -> None:
-    """Waits for a message nobody sends, while the others are one collective on."""
-    wait_for_all()
-    if rank() == culprit:
-        dist.recv(torch.ones(1), src=(culprit + 1) % dist.get_world_size())
-    wait_for_all()
-
-
-def swallows_everything(culprit: int) -> None:
-    while True:
-        try:
-            if rank() == culprit:
-                time.sleep(60)
-            wait_for_all()
-        except BaseException:
-            continue
-
-
 @dataclass(frozen=True)
 class Fault:
     """What to run and what must be said; `hangs` ones end by the timeout."""
@@ -278,6 +253,7 @@ FAULTS = [
     Fault(exits_hard_3, "status 3"),
     Fault(interrupts_itself, "KeyboardInterrupt"),
     Fault(is_killed, "SIGKILL"),
+    Fault(is_killed_with_its_connection_closed, "SIGKILL"),
     Fault(segfaults, "SIGSEGV"),
     Fault(runs_out_of_memory, "RuntimeError"),
     Fault(returns_early, "returned while"),
