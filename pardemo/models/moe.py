@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import is_fake
 
 from pardemo.models.gpt import GPT, Block, FeedForward, GPTConfig
 
@@ -58,9 +59,9 @@ class Here:
     ) -> torch.Tensor:
         """Every row through its expert; rows lie in the order of experts, `counts_E` of each.
 
-        On the meta device, where nothing is chosen, every expert takes as many rows.
+        Without data, where nothing is chosen, every expert takes as many rows.
         """
-        if counts_E.is_meta:
+        if _without_data(counts_E):
             parts = rows_RD.tensor_split(len(experts))
         else:
             parts = rows_RD.split(counts_E.tolist())
@@ -119,14 +120,19 @@ class MoE(nn.Module):
     ) -> torch.Tensor:
         """Indices of the choices that find a place: at most `capacity` per expert, in order.
 
-        On the meta device all of them: nobody knows which expert would be full.
+        Without data all of them: nobody knows which expert would be full.
         """
-        if self.capacity_factor is None or picked.is_meta:
+        if self.capacity_factor is None or _without_data(picked):
             return torch.arange(len(picked), device=picked.device)
         capacity = math.ceil(self.capacity_factor * int(total_E.sum()) / len(total_E))
         mine = F.one_hot(picked, len(total_E)).cumsum(dim=0)
         place = mine.gather(1, picked[:, None]).squeeze(1) + before_E[picked]  # counted from 1
         return (place <= capacity).nonzero().squeeze(1)
+
+
+def _without_data(tensor: torch.Tensor) -> bool:
+    """Whether it has a shape and no values: on the meta device, or a fake tensor."""
+    return tensor.is_meta or is_fake(tensor)
 
 
 def _counts(picked: torch.Tensor, experts: int) -> torch.Tensor:

@@ -51,6 +51,7 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]] = {
     ),
     "ddp": (("model", "config", "gpus", "strategy"), (("iter_s_p50", "ex_s_per_gpu", "steps_s"),)),
 }
+RATES = ("algbw_GBps", "busbw_GBps", "busbw_GBps_mid", "inter_Gbps_cfg")
 LARGEST = 1e24  # of any number in a table: bytes, FLOP/s and tokens stay far below
 DELIMITERS = ",;\t"
 MISSING = ("", "nan", "none", "null", "na", "n/a", "-")
@@ -101,6 +102,7 @@ class Table:
 def read(path: str | Path) -> Table:
     """Read and recognise a table, its cells parted by commas, semicolons or tabs.
 
+    Columns may be written in capitals.
     TableError for a file that is missing, binary, empty, ragged.
     """
     name = str(path)
@@ -121,7 +123,7 @@ def read(path: str | Path) -> Table:
         raise TableError(f"{name}: line {reader.line_num}: {error}") from None
     if len(rows) < 2:
         raise TableError(f"{name}: no rows: expected a header line and at least one row")
-    header = [h.strip() for h in rows[0][1]]
+    header = [_column(h.strip()) for h in rows[0][1]]
     twice = sorted({h for h in header if header.count(h) > 1})
     if twice:
         raise TableError(f"{name}: line 1: columns named twice: {', '.join(twice)}")
@@ -130,6 +132,14 @@ def read(path: str | Path) -> Table:
             raise TableError(f"{name}: line {line}: {len(row)} cells, the header has {len(header)}")
     cells = {h: [row[i] for _, row in rows[1:]] for i, h in enumerate(header)}
     return Table(name, recognise(name, header), cells, [line for line, _ in rows[1:]])
+
+
+def _column(written: str) -> str:
+    """The column's name whatever its capitals; but in a rate they tell Gb from GB."""
+    small = written.lower()
+    if "gbps" not in small:
+        return small
+    return next((r for r in RATES if written.isupper() and r.lower() == small), written)
 
 
 def recognise(name: str, header: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ Papers     Huang 2019 (GPipe); Narayanan 2019 and 2021 (1F1B, interleaved); Qi 2
 
 A BatchNorm sees microbatches instead of the batch, so training differs. A model with one gets a
 single microbatch (gpipe) by default; more are refused unless batchnorm="per_microbatch" accepts it.
+A mixture of experts counts its choices over the batch: one microbatch too, and more are refused.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from pardemo.strategies import base
+from pardemo.strategies import base, routing
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
@@ -40,6 +40,12 @@ def batch_norm(model: nn.Module) -> str | None:
     return None
 
 
+def experts(model: nn.Module) -> str | None:
+    """The name of a mixture of experts that counts over the batch it sees, if there is one."""
+    routed = routing.seams(model)
+    return next((name for name, m in model.named_modules() if any(m is x for x in routed)), None)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How to cut and how to run: the knobs of a pipeline.
@@ -49,7 +55,8 @@ class Plan:
     `cut` names the pieces at which stages 1, 2, ... start; without it stages are balanced by
     `balance`: "parameters", "measured" (seconds on the first microbatch), or a list of costs.
     `schedule` None is 1f1b, or gpipe with one microbatch for a model with BatchNorm, whose
-    statistics are the batch's; `batchnorm="per_microbatch"` accepts those of the microbatch.
+    statistics are the batch's, or with experts, whose choices are counted over the batch;
+    `batchnorm="per_microbatch"` accepts the statistics of the microbatch.
     """
 
     schedule: str = "1f1b"
@@ -63,7 +70,7 @@ class Plan:
         cls, model: nn.Module, schedule: str | None, microbatches: int | None, virtual: int | None,
         cut: Sequence[str] | None, balance: str | Sequence[float], batchnorm: str,
     ) -> Plan:  # fmt: skip
-        """The plan these knobs make for `model`; BatchNorm over parts of a batch is refused."""
+        """The plan these knobs make for `model`; what sees parts of a batch is refused."""
         if batchnorm not in ("refuse", "per_microbatch"):
             raise base.StrategyError(
                 f'batchnorm is "refuse" or "per_microbatch", not {batchnorm!r}'
@@ -77,6 +84,14 @@ class Plan:
                     f"{norm} is a BatchNorm: it would see 1/{microbatches} of the batch "
                     "at a time, so training would not equal one process. Use microbatches=1, "
                     'or accept the difference with batchnorm="per_microbatch".'
+                )
+        if mixture := experts(model):
+            schedule, microbatches = schedule or "gpipe", microbatches or 1
+            if microbatches > 1:
+                raise base.StrategyError(
+                    f"{mixture} is a mixture of experts: it would count the choices of "
+                    f"1/{microbatches} of the batch at a time, so training would not equal one "
+                    "process. Use microbatches=1."
                 )
         plan = cls(schedule or "1f1b", microbatches, virtual, cut, balance)
         plan.stages_per_rank()

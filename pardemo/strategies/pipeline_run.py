@@ -22,6 +22,7 @@ from pardemo.strategies import (
     pipeline_costs,
     pipeline_split,
     pipeline_trace,
+    routing,
 )
 from pardemo.strategies.pipeline_plan import ONE_STAGE, SCHEDULES, Plan
 
@@ -185,6 +186,7 @@ class Pipeline(base.Step):
         self.ties = find_ties(stages, owners, self.held, self.mesh)
         for i in mine:  # a BatchNorm sees its whole microbatch, over all pipelines
             stages[i] = batchnorm.synchronise(stages[i], self.replicas.group, self.device)
+            routing.synchronise(stages[i], self.replicas.group)
         self.mine = {i: stages[i].to(self.device) for i in mine}
         self.model, self.whole = nn.ModuleDict({str(i): s for i, s in self.mine.items()}), False
         if self.prepare is not None:

@@ -81,7 +81,7 @@ def pipeline(name: str, scene: Scene, rank: int, microbatches: int = 0) -> list[
         held = facts.held_bytes(facts.slices(mine, t))
         found += _replicas_sum(held, d, "P_stage b" if t == 1 else "P_stage of this slice b")
         found += flags(scene, mine.parameters(), "dp", d)
-        found += facts.batchnorm(mine, {"dp": d}, m)
+        found += [*facts.batchnorm(mine, {"dp": d}, m), *facts.choices(mine, "dp", d)]
         found.append(loss_sum("dp", d, CHAIN_LOSS_BYTES))
     return found
 

@@ -121,6 +121,18 @@ def test_messages_are_priced_as_they_are_calibrated_and_their_bytes_stay():
     assert all(m.beside for m in ring.messages if m.kind == "all_to_all")
 
 
+def test_chains_of_experts_are_foretold_without_data_to_choose_them():
+    experts = Scene(workload("moe-mini"), 2, 16)
+    sizes = {"pipeline": 8, "model_parallel": 8}
+    width, tokens = experts.model.config.n_embd, 16 * experts.model.config.block_size
+    for name, loss in sizes.items():
+        sent = closed_form(name, experts, 1)
+        handed = next(m for m in sent.messages if m.kind == "send")
+        assert handed.calls == 1  # choices are counted over the batch: one microbatch
+        assert tokens * width * 4 <= handed.payload_bytes <= tokens * width * 4 + 8
+        assert next(m for m in sent.messages if m.kind == "broadcast").payload_bytes == loss
+
+
 def test_gradients_go_in_buckets_and_only_the_last_has_no_computation_beside_it():
     sent = each_message("ddp", SCENE, closed_form("ddp", SCENE, 1))
     first, last, loss = sorted(sent.messages, key=lambda m: (m.phase != "backward", not m.beside))

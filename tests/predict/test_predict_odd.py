@@ -7,6 +7,7 @@ import warnings
 import pytest
 
 from pardemo import predict
+from pardemo.predict.tables import read
 
 SHAPE = {"layers": "16", "hidden": "2048", "heads": "32", "ffn": "8192", "vocab": "131072"}
 ROW = SHAPE | {
@@ -44,3 +45,23 @@ def test_an_odd_row_is_dropped_with_its_reason_and_the_others_stay(tmp_path, odd
 def test_a_seed_that_cannot_be_one_is_refused_in_words(tmp_path, seed):
     with pytest.raises(predict.TableError, match="--seed must be at least 0"):
         predict.score(_table(tmp_path), 0, seed)
+
+
+@pytest.mark.parametrize("written", [str.upper, str.title])
+def test_columns_may_be_written_in_capitals(tmp_path, written):
+    path = _table(tmp_path)
+    told = read(path)
+    header, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([written(header), *lines]) + "\n")
+    again = read(path)
+    assert (again.kind, again.cells) == ("layouts", told.cells)
+    assert predict.score(path, 0).stats["rows"] == 4
+
+
+def test_capitals_tell_bits_from_bytes_in_a_rate(tmp_path):
+    path = tmp_path / "rates.csv"
+    path.write_text("COLLECTIVE,RANKS,NODES,SIZE_BYTES,BUSBW_GBPS\nall_reduce,8,1,1,3\n")
+    assert read(path).has("busbw_GBps")
+    path.write_text("collective,ranks,nodes,size_bytes,busbw_Gbps\nall_reduce,8,1,1,3\n")
+    with pytest.raises(predict.TableError, match="busbw_GBps"):
+        read(path)

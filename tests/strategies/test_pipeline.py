@@ -83,6 +83,12 @@ def test_batchnorm_trains_with_one_microbatch_and_is_refused_with_more(ranks2: R
         check.strategy("pipeline", "resnet-mini", 2, ranks=ranks2, microbatches=4, batch_size=SIZES)
 
 
+def test_experts_train_with_one_microbatch_and_are_refused_with_more(ranks2: Ranks) -> None:
+    assert check.strategy("pipeline", "moe-mini", 2, batch_size=SIZES, ranks=ranks2)
+    with pytest.raises(StrategyError, match=r"mixture of experts: .* 1/4 of the batch"):
+        check.strategy("pipeline", "moe-mini", 2, ranks=ranks2, microbatches=4, batch_size=SIZES)
+
+
 @pytest.mark.parametrize(
     ("schedule", "chunks", "v_shape"),
     [("gpipe", 1, False), ("1f1b", 1, False), ("interleaved1f1b", 2, False), ("zbv", 2, True)],

@@ -20,7 +20,7 @@ BATCH = 8
 EVERY = [name for name in strategies.names() if name not in ("single", "data_parallel")]
 THREE_AXES = [name for name in EVERY if len(strategies.get(name).axes) == 3]
 # what a model with experts cannot be cut into yet: its blocks hand on two values
-NO_EXPERTS = ("model_parallel", "pipeline", "dp_pp", "tp_pp", "dp_pp_tp")
+NO_EXPERTS = ("model_parallel",)
 
 
 def cases(ranks: int, works: tuple[str, ...]) -> list[tuple[str, str]]:
