@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -152,8 +152,7 @@ def _own(name: str) -> Workload:
         make = getattr(importlib.import_module(module_name), attribute)
         answer = make()
     except (Exception, SystemExit) as error:  # whatever the user's module does
-        told = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{name!r} cannot be loaded: {told}") from error
+        raise ValueError(f"{name!r} cannot be loaded: {_first_line(error)}") from error
     if not (isinstance(answer, tuple) and len(answer) == 3):
         raise ValueError(f"{name} must return (model, loss, batch), got {type(answer).__name__}")
     model, loss, batch = answer
@@ -177,8 +176,71 @@ def _own(name: str) -> Workload:
             f"{name}: nn.SyncBatchNorm refuses CPU tensors: hand over nn.BatchNorm, which every "
             "strategy that splits the batch makes look at all of it"
         )
-    size = _length(batch)
+    size = _samples(name, batch)
+    with torch.random.fork_rng(devices=[]):
+        _try_out(name, model, loss, _pick(batch, torch.arange(min(2, size))))
     return Workload(name, partial(_own_model, make), partial(_own_batch, make), loss, adamw, size)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _samples(name: str, batch: Any) -> int:
+    """How many samples every tensor of the user's batch has; ValueError if they disagree."""
+    found = list(_leaves(batch))
+    wrong = [type(leaf).__name__ for leaf in found if not isinstance(leaf, torch.Tensor)]
+    if wrong or not found:
+        raise ValueError(f"{name}: a batch holds tensors only, got {(wrong or ['none'])[0]}")
+    lengths = [leaf.shape[0] if leaf.ndim else None for leaf in found]
+    if None in lengths or len(set(lengths)) > 1 or not lengths[0]:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in found)
+        raise ValueError(
+            f"{name}: dim 0 of every tensor of the batch counts its samples, at least one; "
+            f"the shapes are {shapes}"
+        )
+    return lengths[0]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What a nested tuple, list or dict holds, one after the other."""
+    if isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _try_out(name: str, model: nn.Module, loss: Callable[[Any, Any], Any], few: Batch) -> None:
+    """Run the user's model and loss once on a few samples; ValueError says what does not fit."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(f"{name}: no parameter of its model is trained (requires_grad)")
+    inputs, targets = (_moved(part, trained[0].device) for part in few)
+    how = ""
+    try:
+        if isinstance(inputs, dict):
+            how = (
+                " (a dict is handed over as model(**inputs): put it into a tuple to keep it whole)"
+            )
+            value = loss(model(**inputs), targets)
+        elif isinstance(inputs, tuple):
+            how = " (a tuple is handed over as model(*inputs))"
+            value = loss(model(*inputs), targets)
+        else:
+            value = loss(model(inputs), targets)
+    except Exception as error:
+        raise ValueError(
+            f"{name}: its model and loss fail on {len(next(_leaves(few)))} samples of its own "
+            f"batch: {_first_line(error)}{how}"
+        ) from error
+    if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
+        raise ValueError(
+            f"{name}: loss must return a tensor of shape () with a gradient, got {got}"
+        )
+    if not value.isfinite():
+        raise ValueError(f"{name}: the loss of its first samples is {value.item()}, no number")
 
 
 def _own_model(make: Callable[[], Any], seed: int) -> nn.Module:
@@ -190,15 +252,16 @@ def _own_batch(make: Callable[[], Any], size: int, step: int, seed: int) -> Batc
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inputs, targets = make()[2]
-    chosen = data.draw(size, _length(inputs), step, seed)
+    chosen = data.draw(size, len(next(_leaves(inputs))), step, seed)
     return _pick(inputs, chosen), _pick(targets, chosen)
 
 
-def _length(batch: Any) -> int:
-    first = batch
-    while not isinstance(first, torch.Tensor):
-        first = next(iter(first.values())) if isinstance(first, dict) else first[0]
-    return first.shape[0]
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return type(value)(_moved(item, device) for item in value)
 
 
 def _pick(value: Any, chosen: torch.Tensor) -> Any:

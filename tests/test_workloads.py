@@ -97,6 +97,58 @@ def test_what_a_callable_returns_wrongly_is_named(mine: Any, answer: Any, said: 
         workload("my_package:missing")
 
 
+def _unlike(
+    model: nn.Module, inputs: Any, loss: Any = F.mse_loss, count: int = 4
+) -> tuple[Any, ...]:
+    return model, loss, (inputs, torch.ones(count, 2))
+
+
+class Named(nn.Linear):
+    """Takes one dict."""
+
+    def forward(self, parts: Any) -> torch.Tensor:
+        return super().forward(parts["x"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (_unlike(nn.Linear(7, 2), torch.ones(4, 3)), r"fail on 2 samples .* shapes cannot be mult"),
+        (_unlike(nn.Linear(3, 2), torch.ones(4, 3), count=5), r"the shapes are \(4, 3\), \(5, 2\)"),
+        (_unlike(nn.Linear(3, 2), torch.ones(0, 3), count=0), "at least one; the shapes are"),
+        (_unlike(nn.Linear(3, 2), [[1.0]]), "tensors only, got float"),
+        (
+            _unlike(Named(3, 2), {"x": torch.ones(4, 3)}),
+            r"'x' \(a dict is handed over as model\(\*\*",
+        ),
+        (
+            _unlike(nn.Linear(3, 2), (torch.ones(4, 3),) * 2),
+            r"\(a tuple is handed over as model\(\*",
+        ),
+        (_unlike(nn.Tanh(), torch.ones(4, 2)), "no parameter of its model is trained"),
+        (_unlike(nn.Linear(3, 2), torch.ones(4, 3), lambda o, t: o - t), r"shape \(\) .*\(2, 2\)"),
+        (_unlike(nn.Linear(3, 2), torch.ones(4, 3), lambda o, t: 0.5), "with a gradient, got 0.5"),
+        (_unlike(nn.Linear(3, 2), torch.ones(4, 3) / 0), "first samples is (nan|inf), no number"),
+    ],
+)
+def test_a_model_that_does_not_fit_its_own_batch_is_told_in_one_line(
+    mine: Any, answer: Any, said: str
+) -> None:
+    mine.make = lambda: answer
+    before = torch.random.get_rng_state()
+    with pytest.raises(ValueError, match=said) as caught:
+        workload("my_package:make")
+    assert "\n" not in str(caught.value)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_dict_for_one_argument_stands_in_a_tuple(mine: Any) -> None:
+    mine.make = lambda: _unlike(Named(3, 2), ({"x": torch.ones(4, 3)},))
+    work = workload("my_package:make")
+    (inputs,), _ = work.make_batch(3, 0, 0)
+    assert inputs["x"].shape == (3, 3)
+
+
 def test_a_batchnorm_that_only_gpus_can_run_is_refused_without_one(
     mine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,24 +85,27 @@ def pipeline(
     chunks: int = 1,
     v_shape: bool = False,
     boundary_bytes: list[float] | None = None,
+    gradient_bytes: list[float] | None = None,
 ) -> list[Message]:
     """Pipeline: m A forward and m A backward over every boundary between two ranks.
 
     An inner rank sends 2 m A (times `chunks` when interleaved), the first and the last half of it.
     `activation_bytes` is ONE microbatch at a boundary; `boundary_bytes` gives one per boundary.
+    `gradient_bytes` are those that come back, fewer where a mask or numbers of tokens cross.
     V schedules (`v_shape`) hold two neighbouring stages on the last rank: nothing crosses there.
     """
     stages = ranks * chunks
     sizes = boundary_bytes or [activation_bytes] * (stages - 1)
     if len(sizes) != stages - 1:
         raise ValueError(f"{stages} stages have {stages - 1} boundaries, got {len(sizes)} sizes")
+    returned = gradient_bytes or sizes
     payload, calls = {"forward": 0.0, "backward": 0.0}, {"forward": 0, "backward": 0}
-    for boundary, size in enumerate(sizes):
+    for boundary, both in enumerate(zip(sizes, returned, strict=True)):
         left = stage_owner(boundary, ranks, chunks, v_shape)
         right = stage_owner(boundary + 1, ranks, chunks, v_shape)
         if left == right:
             continue
-        for way, owner in (("forward", left), ("backward", right)):
+        for way, owner, size in zip(payload, (left, right), both, strict=True):
             if owner == rank:
                 payload[way] += microbatches * size
                 calls[way] += microbatches

@@ -72,10 +72,11 @@ class Pipeline(base.Step):
             )
         args = inputs if isinstance(inputs, tuple) else (inputs,)
         if not all(isinstance(t, torch.Tensor) for t in (*args, targets)):
-            kinds = f"{type(inputs).__name__} and {type(targets).__name__}"
+            kinds = ", ".join(type(t).__name__ for t in args)
             raise base.StrategyError(
-                "a pipeline takes a tensor, or a tuple of tensors, as inputs and a tensor as "
-                f"target, got {kinds}: hand the inputs over as a tuple, in forward's order"
+                "a pipeline takes a tensor, or a tuple of tensors in forward's order, as inputs, "
+                f"and one tensor as target; got {kinds} as inputs and {type(targets).__name__} as "
+                "target"
             )
         args, targets = base.to_device((args, targets), self.device)
         count = self.plan.count(base.samples(args), self.axis.size)

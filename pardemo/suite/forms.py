@@ -200,11 +200,12 @@ def _model_parallel(scene: Scene, rank: int, routed: Routed | None) -> list[Mess
     return [*sent, *extra, told_loss(scene, scene.ranks, rank, scene.ranks - 1, "forward")]
 
 
-def chain(sizes: Sequence[float], rank: int, microbatches: int) -> list[Message]:
-    """What stage `rank` sends over the boundaries beside it; `sizes` are of one microbatch."""
+def chain(sizes: Sequence[tuple[float, float]], rank: int, microbatches: int) -> list[Message]:
+    """What stage `rank` sends over the boundaries beside it, of one microbatch there and back."""
+    there, back = [size for size, _ in sizes], [size for _, size in sizes]
     sent = sent_bytes(
-        "pipeline", ranks=len(sizes) + 1, activation_bytes=max(sizes), rank=rank,
-        microbatches=microbatches, boundary_bytes=list(sizes),
+        "pipeline", ranks=len(sizes) + 1, activation_bytes=max(there), rank=rank,
+        microbatches=microbatches, boundary_bytes=there, gradient_bytes=back,
     )  # fmt: skip
     return list(sent.messages)
 

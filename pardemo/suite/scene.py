@@ -123,16 +123,17 @@ class Scene:
         return {}
 
     def stages(self, count: int, size: int = 0) -> list[nn.Module]:
-        """The pipeline's stages, balanced by parameters; a traced model needs the microbatch."""
-        if count not in self._cuts:
-            if pipeline_split.is_sequence(self.model):
+        """The pipeline's stages, balanced by parameters; traced ones serve `size` samples only."""
+        size = 0 if pipeline_split.is_sequence(self.model) else size or self.batch_size
+        if (count, size) not in self._cuts:
+            if not size:
                 made = pipeline_split.chains(self.model, count, None, None)
             else:
-                given, model = self.inputs(size or self.batch_size), copy.deepcopy(self.model)
+                given, model = self.inputs(size), copy.deepcopy(self.model)
                 costs = pipeline_costs.costs(model, given, "parameters")
                 made = pipeline_trace.traced(model, count, None, given, costs)
-            self._cuts[count] = made
-        return self._cuts[count]
+            self._cuts[count, size] = made
+        return self._cuts[count, size]
 
     def parts(self, count: int) -> list[nn.Module]:
         """The parts of naive model parallelism; without a sequence they are a pipeline's."""
@@ -141,10 +142,11 @@ class Scene:
         cut = model_parallel.cut_model(self.model, count, None, None)
         return [pipeline_split.Chain(part) for part in cut]
 
-    def boundaries(self, stages: Sequence[nn.Module], size: int) -> list[float]:
-        """Bytes that cross each boundary between these stages for `size` samples."""
+    def boundaries(self, stages: Sequence[nn.Module], size: int) -> list[tuple[float, float]]:
+        """Bytes that cross each boundary for `size` samples: activations, and their gradients."""
         edges = pipeline_split.Edges(stages).edges(self.inputs(size))[1:-1]
-        return [float(sum(t.numel() * t.element_size() for t in edge)) for edge in edges]
+        each = [[(t.numel() * t.element_size(), t.requires_grad) for t in edge] for edge in edges]
+        return [(float(sum(b for b, _ in at)), float(sum(b for b, g in at if g))) for at in each]
 
     def entering(self, stages: Sequence[nn.Module], index: int, size: int) -> tuple[Any, ...]:
         """What stage `index` is given for `size` samples; gradients are asked of what crossed."""

@@ -192,7 +192,8 @@ def _of_stage(name: str, scene: Scene, rank: int, module: nn.Module) -> float:
     axes, place = scene.degrees(name), scene.place(name, rank)["pp"]
     size, tensor = scene.batch_size // axes.get("dp", 1), axes.get("tp", 1)
     count = 1 if name == "model_parallel" else scene.microbatches(size, axes["pp"])
-    stages = scene.parts(axes["pp"]) if name == "model_parallel" else scene.stages(axes["pp"])
+    whole = name == "model_parallel"
+    stages = scene.parts(axes["pp"]) if whole else scene.stages(axes["pp"], size // count)
     under_way = min(count, axes["pp"] - place)  # 1f1b
     given = scene.entering(stages, place, size // count)
     targets = scene.batch(size // count)[1] if place == axes["pp"] - 1 else None

@@ -25,6 +25,7 @@ TRACED = {"model_parallel", "pipeline", "dp_pp"}  # stages found by torch's trac
 SLICED = {"tensor", "dp_tp", "fsdp_tp"}
 FITS = {
     "transformer": EVERYWHERE | TRACED | SLICED,
+    "padded": EVERYWHERE | TRACED | SLICED,
     "encoder": EVERYWHERE | TRACED | SLICED,
     "lstm": EVERYWHERE | TRACED,
     "unet": EVERYWHERE | TRACED,

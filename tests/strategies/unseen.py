@@ -47,6 +47,23 @@ def transformer() -> Any:
     return Translator(), per_token, ((tokens(), tokens()), tokens())
 
 
+class Padded(Translator):
+    """The same with a mask of padding, made from the tokens: truth values that stages hand on."""
+
+    def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        padding = source == 0
+        hidden = self.core(
+            self.source(source), self.target(target),
+            src_key_padding_mask=padding, memory_key_padding_mask=padding,
+        )  # fmt: skip
+        return self.head(hidden)
+
+
+def padded() -> Any:
+    source = tokens().index_fill(1, torch.tensor([LENGTH - 1]), 0)
+    return Padded(), per_token, ((source, tokens()), tokens())
+
+
 class EncoderClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()

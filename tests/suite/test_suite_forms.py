@@ -158,6 +158,21 @@ def test_who_has_a_gradient_is_asked_where_the_sum_is_zero(ranks4: Ranks) -> Non
         assert asked.sent_bytes == 2 * 4  # 2(d-1)/d = 1
 
 
+def test_a_traced_model_is_cut_anew_for_microbatches_and_masks_have_no_gradient(
+    ranks2: Ranks,
+) -> None:
+    """torch's tracer writes the number of samples into a stage, so each number has its own."""
+    scene = Scene(workload("tests.strategies.unseen:padded"), 2, 12)
+    for name in ("model_parallel", "pipeline"):
+        for rank, one in enumerate(ranks2(inside.look, inside.Maker(name, scene.work, 12), 2)):
+            same_bytes(name, scene, rank, one)
+            same_memory(name, scene, rank, one)
+    there, back = (closed_form("model_parallel", scene, rank) for rank in (0, 1))
+    assert there is not None
+    assert back is not None
+    assert there.messages[0].sent_bytes > back.messages[0].sent_bytes
+
+
 def test_one_rank_sends_nothing_and_an_unknown_strategy_has_no_form() -> None:
     assert closed_form("ddp", Scene(workload("mlp"), 1, BATCH), 0).total == 0
     assert closed_form("mine", Scene(workload("mlp"), 2, BATCH), 0) is None
