@@ -8,6 +8,7 @@ although it listens on loopback only.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import sys
@@ -124,7 +125,7 @@ def execute(
                 execution_timeout=timeout_s,
                 autosave_cell_every=2,
                 extra_arguments=QUIET_KERNEL,
-                kernel_manager_class=_kept(),
+                kernel_manager_class=_kept(Path(scratch)),
             )
         except papermill.PapermillExecutionError as error:
             raise NotebookFailed(
@@ -238,14 +239,30 @@ def _anonymous(text: str) -> str:
     return text
 
 
-def _kept() -> Any:
-    """The class that starts a kernel under keeper.py: what it started ends with it."""
+def _kept(folder: Path) -> Any:
+    """The class that starts a kernel under keeper.py: what it started ends with it.
+
+    Its connection file is in `folder`: a stop while a kernel starts would leave it elsewhere.
+    """
     from jupyter_client import AsyncKernelManager
 
     class Kept(AsyncKernelManager):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(connection_file=str(folder / "kernel.json"), **options)
+
         def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
             keeper = [sys.executable, "-I", "-S", str(Path(__file__).with_name("keeper.py"))]
             return keeper + super().format_kernel_cmd(extra_arguments)
+
+        async def shutdown_kernel(  # type: ignore[override]
+            self, now: bool = False, restart: bool = False
+        ) -> None:
+            """First end what waits for the cell that was stopped: it would say the kernel died."""
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await super().shutdown_kernel(now=now, restart=restart)
 
     return Kept
 

@@ -170,6 +170,9 @@ class Slurm:
         raise AssertionError(f"job {job} is still {self.state(job)['JobState']}")
 
     def stop(self) -> None:
+        for process in [*self.tasks("n1"), *self.tasks("n2")]:  # of a test that was interrupted
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         for process in reversed(self.processes):
             process.send_signal(signal.SIGTERM)
             try:

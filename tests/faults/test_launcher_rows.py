@@ -135,11 +135,13 @@ def test_row_4_an_interrupt_of_one_rank_alone_changes_nothing(tmp_path: Path, ti
             thread.join()
 
 
+@pytest.mark.twenty
 def test_row_4_a_rank_that_returns_early_is_not_a_success(tmp_path: Path) -> None:
     with nothing_left(tmp_path):
         assert "rank 1 of 2 returned while rank 0 waited" in str(blamed(returns_early))
 
 
+@pytest.mark.twenty
 @pytest.mark.parametrize(
     ("fn", "says"), [(other_shape, "all_reduce(8 Float"), (other_order, "broadcast")]
 )
@@ -150,11 +152,13 @@ def test_row_5_collectives_that_do_not_match(
         assert f"rank 1 called {says}" in str(blamed(fn, timeout=3.0, either=True))
 
 
+@pytest.mark.twenty
 def test_row_9_a_rank_that_hears_nothing_is_ended(tmp_path: Path) -> None:
     with nothing_left(tmp_path, within_s=3.0):
         assert "did not come" in str(blamed(deaf_in_c, timeout=1.0))
 
 
+@pytest.mark.twenty
 def test_row_10_a_hang_in_an_import_shows_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +170,7 @@ def test_row_10_a_hang_in_an_import_shows_its_line(
         assert "time.sleep(600)  # planted" in error.ranks[1]
 
 
+@pytest.mark.twenty
 def test_row_10_a_rank_that_does_not_start_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,11 +196,13 @@ def test_row_10_a_rank_that_does_not_start_is_named(
         assert caught.value.rank == 1
 
 
+@pytest.mark.twenty
 def test_row_11_a_rank_runs_out_of_memory(tmp_path: Path) -> None:
     with nothing_left(tmp_path):
         assert f"{4 << 30} bytes" in str(blamed(asks_for_too_much))
 
 
+@pytest.mark.twenty
 def test_row_12_too_few_descriptors_are_named(tmp_path: Path) -> None:
     script = """
     import resource
@@ -220,6 +227,7 @@ def test_row_12_too_few_descriptors_are_named(tmp_path: Path) -> None:
         assert after == str(list(range(4)))
 
 
+@pytest.mark.twenty
 def test_row_12_a_fork_server_that_cannot_fork_says_why(tmp_path: Path) -> None:
     """A limit on processes, as the fork server sees it; root is exempt from the real one."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -280,6 +288,7 @@ def in_namespace(inside: str, *kinds: str) -> list[str]:
     return ["unshare", *kinds, *shell]
 
 
+@pytest.mark.twenty
 @NEEDS_UNSHARE
 def test_row_12_a_full_dev_shm_and_no_temporary_folder_do_not_matter(tmp_path: Path) -> None:
     script = """
@@ -299,6 +308,7 @@ def test_row_12_a_full_dev_shm_and_no_temporary_folder_do_not_matter(tmp_path: P
         assert program.out == "[32000000.0, 32000000.0]\n"
 
 
+@pytest.mark.twenty
 def test_row_13_a_rank_that_is_held_up_is_waited_for(tmp_path: Path) -> None:
     with nothing_left(tmp_path), Ranks(2, echo=False) as ranks:
         pid, done = ranks.status()[1]["pid"], threading.Event()
@@ -318,11 +328,13 @@ def test_row_13_a_rank_that_is_held_up_is_waited_for(tmp_path: Path) -> None:
             thread.join()
 
 
+@pytest.mark.twenty
 def test_row_13_a_rank_too_slow_for_the_timeout_is_named(tmp_path: Path) -> None:
     with nothing_left(tmp_path):
         assert "rank 1" in str(blamed(drags, timeout=1.5))
 
 
+@pytest.mark.twenty
 @pytest.mark.parametrize("start", ["forkserver", "spawn"])
 def test_row_14_ranks_outlive_the_thread_that_started_them(tmp_path: Path, start: str) -> None:
     """PR_SET_PDEATHSIG, as torch sets it, belongs to a thread: its end would end the ranks."""
@@ -339,6 +351,7 @@ def test_row_14_ranks_outlive_the_thread_that_started_them(tmp_path: Path, start
 ENDINGS = [("forkserver", how) for how in ("returns", "raises", "dies")] + [("spawn", "dies")]
 
 
+@pytest.mark.twenty
 @pytest.mark.parametrize(("start", "how"), ENDINGS)
 def test_what_a_rank_started_in_another_session_ends_with_it(
     tmp_path: Path, start: str, how: str
@@ -355,6 +368,7 @@ def test_what_a_rank_started_in_another_session_ends_with_it(
         assert [pid for pid in daemons if psutil.pid_exists(pid)] == []  # nor a zombie
 
 
+@pytest.mark.twenty
 def test_what_ranks_started_ends_with_a_fork_server_that_is_killed(tmp_path: Path) -> None:
     """While nobody asks anything of the ranks, too."""
     marks = Path(tempfile.mkdtemp(dir=tmp_path))
@@ -371,6 +385,7 @@ def test_what_ranks_started_ends_with_a_fork_server_that_is_killed(tmp_path: Pat
 MAKERS = [("forkserver", "returns"), ("forkserver", "raises"), ("spawn", "dies")]
 
 
+@pytest.mark.twenty
 @pytest.mark.parametrize(("start", "how"), MAKERS)
 def test_shared_memory_that_a_rank_made_ends_with_it(start: str, how: str) -> None:
     """The folder of torch's own manager of shared memory stays, with a socket in it, whose path may
@@ -453,6 +468,7 @@ def test_row_8_the_parent_is_killed(tmp_path: Path, ignored: bool, times: int) -
         end_parents(tmp_path, signal.SIGKILL, ignored=ignored, times=times)
 
 
+@pytest.mark.twenty
 @NEEDS_UNSHARE
 @pytest.mark.skipif(shutil.which("ip") is None, reason="needs ip (iproute2)")
 def test_row_15_nothing_listens_beyond_loopback_where_the_host_has_a_lan(tmp_path: Path) -> None:
@@ -495,6 +511,7 @@ def test_row_15_nothing_listens_beyond_loopback_where_the_host_has_a_lan(tmp_pat
         assert program.out == "192.0.2.2 ['127.0.0.1']\n"
 
 
+@pytest.mark.twenty
 @NEEDS_UNSHARE
 def test_row_15_loopback_that_is_down_is_said_at_once(tmp_path: Path) -> None:
     script = """

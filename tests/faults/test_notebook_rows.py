@@ -83,6 +83,7 @@ def family_of(note: Path) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.twenty
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("end", ["killed", "stopped", "endless"])
 def test_a_kernel_that_dies_or_hangs_fails_its_case_and_leaves_nothing(
@@ -104,6 +105,7 @@ def test_a_kernel_that_dies_or_hangs_fails_its_case_and_leaves_nothing(
         assert gone_within(sleepers(), GONE_S) == []
 
 
+@pytest.mark.twenty
 @pytest.mark.timeout(180)
 def test_a_killed_kernel_is_recorded_as_failed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -137,7 +139,8 @@ def hit(folder: Path, tmp_path: Path, number: signal.Signals, ignored: bool = Fa
         runner.send(number)
         assert runner.end() == ENDS[number], runner.err
         assert gone_within(there, GONE_S) == []
-        assert number == signal.SIGKILL or "stopped\n" in runner.err
+        assert number == signal.SIGKILL or runner.err.endswith("stopped\n"), runner.err
+        assert "died" not in runner.err, "its kernel was ended, as it should be"
         left = {entry for entry in temporary.iterdir() if entry != runner.folder}
         assert not left or number == signal.SIGKILL  # who is killed cannot clear away
         clear(temporary)
@@ -156,12 +159,13 @@ def test_when_the_runner_is_killed_kernel_and_grandchildren_go(
         hit(folder, tmp_path, number, ignored=time_ > 0)
 
 
+@pytest.mark.twenty
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
 def test_a_runner_that_is_stopped_clears_away(
-    folder: Path, tmp_path: Path, number: signal.Signals
+    folder: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
-    hit(folder, tmp_path, number)
+    hit(folder, tmp_path, signum)
 
 
 @pytest.mark.timeout(120)
@@ -171,7 +175,7 @@ def test_without_the_keeper_grandchildren_would_stay(
     """The guarantee broken on purpose: the checks above must catch it."""
     from jupyter_client import AsyncKernelManager
 
-    monkeypatch.setattr(notebooks, "_kept", lambda: AsyncKernelManager)
+    monkeypatch.setattr(notebooks, "_kept", lambda _: AsyncKernelManager)
     note = tmp_path / "note"
     path = write(
         folder, FAMILY.format(note=str(note), mark=MARK) + "os.kill(os.getpid(), signal.SIGKILL)"
@@ -184,6 +188,7 @@ def test_without_the_keeper_grandchildren_would_stay(
     assert stayed != []
 
 
+@pytest.mark.twenty
 @pytest.mark.timeout(120)
 def test_a_full_disk_leaves_the_old_file(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -222,6 +227,7 @@ HOSTILE_VALUES = [
 ]
 
 
+@pytest.mark.twenty
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
 def test_a_hostile_parameter_name_is_refused_before_anything_runs(folder: Path, name: str) -> None:
     """Row 37: papermill pastes names into code as they are, so only the notebook's own pass."""
@@ -231,6 +237,7 @@ def test_a_hostile_parameter_name_is_refused_before_anything_runs(folder: Path, 
     assert [entry.name for entry in folder.iterdir()] == ["small.ipynb"]
 
 
+@pytest.mark.twenty
 @pytest.mark.timeout(120)
 def test_hostile_values_stay_text(folder: Path) -> None:
     """Row 37: all of them in one notebook, as the values of one list."""

@@ -97,6 +97,7 @@ def test_killed_at_random_moments_and_resumed_the_run_is_as_if_never_interrupted
             shutil.rmtree(entry)
 
 
+@pytest.mark.twenty
 @pytest.mark.timeout(120)
 def test_four_writers_at_once_keep_every_row(tmp_path: Path) -> None:
     """Row 31: each its own run in one file."""
@@ -141,6 +142,7 @@ print("afterwards", len(store.cases(run.id)), whole)
 """
 
 
+@pytest.mark.twenty
 @pytest.mark.timeout(120)
 def test_on_a_disk_that_is_really_full_earlier_rows_stay_and_writing_goes_on_with_space(
     tmp_path: Path,
