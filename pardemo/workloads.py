@@ -241,6 +241,10 @@ def _try_out(name: str, model: nn.Module, loss: Callable[[Any, Any], Any], few: 
         )
     if not value.isfinite():
         raise ValueError(f"{name}: the loss of its first samples is {value.item()}, no number")
+    try:
+        torch.autograd.grad(value, trained, allow_unused=True)
+    except RuntimeError as error:  # changed in place what autograd had kept
+        raise ValueError(f"{name}: its loss has no gradient: {_first_line(error)}") from error
 
 
 def _own_model(make: Callable[[], Any], seed: int) -> nn.Module:

@@ -110,9 +110,17 @@ class Named(nn.Linear):
         return super().forward(parts["x"])
 
 
+class Twice(nn.Linear):
+    """Changes in place what autograd keeps."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).exp().mul_(2)
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
+        (_unlike(Twice(3, 2), torch.ones(4, 3)), "its loss has no gradient: .* inplace operation"),
         (_unlike(nn.Linear(7, 2), torch.ones(4, 3)), r"fail on 2 samples .* shapes cannot be mult"),
         (_unlike(nn.Linear(3, 2), torch.ones(4, 3), count=5), r"the shapes are \(4, 3\), \(5, 2\)"),
         (_unlike(nn.Linear(3, 2), torch.ones(0, 3), count=0), "at least one; the shapes are"),

@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pardemo.measure.memory_gpu import on_gpu, uses_gpu
 from pardemo.measure.phases import PhaseWatch
 
 
@@ -65,8 +66,8 @@ def weigh(
     `snapshot` is a path for torch's allocator history (open it at pytorch.org/memory_viz).
     """
     with _Scale(model) as scale:
-        if _uses_gpu(model):
-            peak, where = _on_gpu(step, snapshot)
+        if uses_gpu(model):
+            peak, where = on_gpu(step, snapshot)
         else:
             step()
             peak, where = scale.peak, scale.peak_at
@@ -97,6 +98,7 @@ class _Scale(TorchDispatchMode):
         self._hooks = self._kept_hooks()
         self._lock = threading.RLock()
         self._threads = mock.patch.object(threading.Thread, "start", self._starter())
+        self._resized = mock.patch.object(torch.UntypedStorage, "resize_", self._resizer())
 
     def __enter__(self) -> _Scale:
         if self.model is not None:
@@ -107,11 +109,13 @@ class _Scale(TorchDispatchMode):
         self._watch.open()
         self._hooks.__enter__()
         self._threads.start()
+        self._resized.start()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self._resized.stop()
         self._threads.stop()
         self._hooks.__exit__(*error)
         self._watch.close()
@@ -148,6 +152,20 @@ class _Scale(TorchDispatchMode):
             start(thread)
 
         return started
+
+    def _resizer(self) -> Callable[[torch.UntypedStorage, int], Any]:
+        """UntypedStorage.resize_, which is no operator: FSDP empties a unit's storage by it."""
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            done = resize(storage, size)
+            with self._lock:
+                if storage._cdata in self._known:
+                    self.live += storage.nbytes() - self._known[storage._cdata]
+                    self._known[storage._cdata] = storage.nbytes()
+            return done
+
+        return resized
 
     def _kept_hooks(self) -> saved_tensors_hooks:
         return saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
@@ -254,29 +272,6 @@ class _Kept:
     """A saved tensor; its end is the end of what autograd keeps."""
 
     tensor: torch.Tensor
-
-
-def _uses_gpu(model: nn.Module | None) -> bool:
-    """Whether the step's tensors are the GPU's: ranks under gloo train on the CPU beside one."""
-    there = torch.cuda.is_available()
-    return there and (model is None or any(p.is_cuda for p in model.parameters()))
-
-
-def _on_gpu(step: Callable[[], object], snapshot: str | Path | None) -> tuple[int, str]:
-    """The allocator's peak over one step, and its history where a path is given."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    if snapshot is not None:
-        torch.cuda.memory._record_memory_history()
-    try:
-        step()
-        torch.cuda.synchronize()
-        if snapshot is not None:
-            torch.cuda.memory._dump_snapshot(str(snapshot))
-    finally:
-        if snapshot is not None:
-            torch.cuda.memory._record_memory_history(enabled=None)
-    return torch.cuda.max_memory_allocated(), "the allocator's record"
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

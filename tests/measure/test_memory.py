@@ -12,7 +12,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from pardemo import strategies
+from pardemo.launch import Ranks
 from pardemo.measure import weigh
+from pardemo.models import GPT, GPTConfig
+from pardemo.workloads import workload
 
 FLOAT = 4
 IN, HIDDEN, OUT, BATCH = 100, 200, 50, 32
@@ -166,3 +170,36 @@ def test_nothing_that_was_weighed_is_kept():
     del net, step
     gc.collect()
     assert gone() is None
+
+
+def test_a_storage_counts_with_the_size_that_it_is_resized_to() -> None:
+    """FSDP empties the storage of a unit's whole parameters and fills it again, by no operator."""
+
+    def step(between: int) -> None:
+        unit = torch.ones(1000)
+        unit.untyped_storage().resize_(between)
+        torch.ones(500)
+        unit.untyped_storage().resize_(4000)
+
+    assert weigh(lambda: step(0)).peak_bytes == 4000
+    assert weigh(lambda: step(4000)).peak_bytes == 6000
+    assert weigh(lambda: step(12000)).peak_bytes == 14000
+
+
+def test_fsdp_that_keeps_parameters_until_the_backward_pass_holds_all_its_units(
+    ranks2: Ranks,
+) -> None:
+    config = GPTConfig(n_layer=4, n_embd=64, block_size=64)
+
+    def peak(reshard: bool) -> int:
+        row = strategies.get("fsdp")
+        work = workload("gpt-mini", batch_size=8)
+        step = row.build(
+            GPT(config), work.make_optimizer, work.loss, row.mesh(), reshard_after_forward=reshard
+        )
+        batch = work.make_batch(8, 0, 0)
+        step.step(batch)
+        return weigh(lambda: step.step(batch), step.model).peak_bytes
+
+    block = sum(p.numel() for p in GPT(config).blocks[0].parameters()) * 4
+    assert list(ranks2(peak, False)) == [size + 4 * block for size in ranks2(peak, True)]
