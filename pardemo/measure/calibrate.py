@@ -21,25 +21,19 @@ from numpy.typing import NDArray
 
 from pardemo.launch import Ranks
 from pardemo.machine import Machine, machine
+from pardemo.measure import calibrate_wrappers
 from pardemo.measure.anatomy import decompose
 from pardemo.measure.calibrate_parts import (
-    FEW,
     IN_FLIGHT,
     LAYERS,
-    MANY,
-    PAIRS,
     PIECES,
     SHORT,
-    UNITS,
     LayerPart,
     adam,
     ddp,
     handed_round,
-    pair,
     piece,
     pieces,
-    split_pair,
-    units,
 )
 from pardemo.measure.collectives import KINDS, Amid, collective
 from pardemo.measure.flops import count_flops, peak_flops
@@ -130,11 +124,7 @@ def _cases(worlds: Sequence[int], sizes: Sequence[int], kinds: Sequence[str]) ->
         cases[f"optimizer {count}"] = Case(adam(count))
     cases["nothing"] = Case(lambda mesh: lambda: None)
     if worlds:
-        cases["pair plain"] = Case(pair, ranks=worlds[0])
-        cases["pair dtensor"] = Case(split_pair, ranks=worlds[0])
-        for count in (FEW, MANY):
-            cases[f"units of {count}"] = Case(units(count, sharded=False), ranks=worlds[0])
-            cases[f"fsdp units of {count}"] = Case(units(count, sharded=True), ranks=worlds[0])
+        cases |= calibrate_wrappers.cases(worlds[0])
     return cases
 
 
@@ -257,26 +247,10 @@ def _optimizer(found: Comparison) -> dict[str, Any]:
 
 
 def _launch(found: Comparison, worlds: Sequence[int]) -> dict[str, float]:
-    """What it costs to begin: an empty step, the smallest layer.
-
-    And what wrappers add to a layer whatever its size: `dtensor_s` for one Linear whose weight is
-    a DTensor, `fsdp_s` for one FSDP unit and `fsdp_tensor_s` for each parameter tensor in it;
-    forward and backward, their collectives silenced.
-    """
-    tiny = found["linear 1x16x16 both"].median_s
-    fixed = {"step_s": found["nothing"].median_s, "microbatch_s": tiny}
-    if not worlds:
-        return fixed
-
-    split = found["pair dtensor"].median_s - found["pair plain"].median_s
-    fixed["dtensor_s"] = max(0.0, split) / (2 * PAIRS)
-    few, many = (
-        (found[f"fsdp units of {n}"].median_s - found[f"units of {n}"].median_s) / UNITS
-        for n in (FEW, MANY)
-    )
-    fixed["fsdp_tensor_s"] = max(0.0, many - few) / (2 * (MANY - FEW))
-    fixed["fsdp_s"] = max(0.0, few - 2 * FEW * fixed["fsdp_tensor_s"])
-    return fixed
+    """What it costs to begin: an empty step, the smallest layer; and what wrappers add."""
+    fixed = {"step_s": found["nothing"].median_s}
+    fixed["microbatch_s"] = found["linear 1x16x16 both"].median_s
+    return fixed | (calibrate_wrappers.constants(found) if worlds else {})
 
 
 def _overlap(exposed_s: float, alone_s: float) -> dict[str, float]:

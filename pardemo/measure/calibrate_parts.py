@@ -1,4 +1,4 @@
-"""What calibrate() runs: small layers, an optimiser, and the least that each wrapper can do."""
+"""What calibrate() runs: small layers, an optimiser, pieces of computation between messages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-
-from pardemo.measure.quiet import quiet
 
 Pair = tuple[nn.Module, tuple[torch.Tensor, ...]]
 
@@ -188,76 +186,3 @@ def ddp(mesh: Any) -> Callable[[], object]:
     ddp = nn.parallel.DistributedDataParallel(net, process_group=mesh.get_group(), bucket_cap_mb=1)
     x = torch.randn(128, 512, device=device)
     return lambda: ddp(x).sum().backward()  # moves 2(n-1)/n of 4.2 MB
-
-
-ROWS, WIDTH = 512, 128  # beside real work, whose data drives the dispatcher's out of the caches
-
-
-def _linears(*shapes: tuple[int, int]) -> nn.Sequential:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return nn.Sequential(*[nn.Linear(*shape) for shape in shapes]).to(device)
-
-
-def _stepped(net: nn.Module) -> Callable[[], object]:
-    x = torch.randn(ROWS, WIDTH, device=next(net.parameters()).device)
-    return lambda: net(x).sum().backward()
-
-
-def _silenced(step: Callable[[], object]) -> Callable[[], object]:
-    """The step without its collectives; the first one is real, because set-up needs answers."""
-    step()
-
-    def silent() -> None:
-        with quiet():
-            step()
-
-    return silent
-
-
-PAIRS = 4
-
-
-def pair(mesh: Any) -> Callable[[], object]:
-    """One rank's part of PAIRS pairs of layers that are cut over `mesh`, as plain layers."""
-    half = WIDTH // mesh.size()
-    return _stepped(_linears(*[(WIDTH, half), (half, WIDTH)] * PAIRS))
-
-
-def split_pair(mesh: Any) -> Callable[[], object]:
-    """The same as DTensors: column and row parts, their all-reduces silenced."""
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
-
-    ways = (ColwiseParallel, RowwiseParallel)
-    net = _linears(*[(WIDTH, WIDTH)] * (2 * PAIRS))
-    plan: Any = {str(i): ways[i % 2]() for i in range(2 * PAIRS)}
-    return _silenced(_stepped(parallelize_module(net, mesh, plan)))
-
-
-UNITS = 2  # of a root without parameters of its own, as the blocks of a model are
-FEW, MANY = 1, 4  # Linear layers in each, of two tensors
-
-
-class units:
-    """make() of forward and backward of UNITS units of `linears` layers, sharded (silenced) or not.
-
-    Each unit is gathered twice and reduced once, as a block is.
-    """
-
-    def __init__(self, linears: int, sharded: bool) -> None:
-        self.linears, self.sharded = linears, sharded
-
-    def __call__(self, mesh: Any) -> Callable[[], object]:
-        shapes = [(WIDTH, WIDTH)] * self.linears
-        net = nn.Sequential(*[_linears(*shapes) for _ in range(UNITS)])
-        if not self.sharded:
-            return _stepped(net)
-        from torch.distributed.fsdp import fully_shard
-
-        for unit in net:
-            fully_shard(unit, mesh=mesh)
-        fully_shard(net, mesh=mesh)
-        return _silenced(_stepped(net))

@@ -96,19 +96,22 @@ def _nearness(profile: Profile, gap_s: float) -> float:
 def wrapper_terms(
     profile: Profile,
     split_linears: int = 0,
+    changing_linears: int = 0,
     units: int = 0,
     unit_tensors: int = 0,
     copied_bytes: float = 0,
 ) -> list[Term]:
     """Work that a strategy adds on each rank: dispatch and copies.
 
-    `split_linears`: Linear layers whose weight is a DTensor. `units`: FSDP units, of `unit_tensors`
-    parameter tensors together. `copied_bytes`: copied into and out of communication buffers. A part
-    that the profile has not calibrated adds nothing.
+    `split_linears`: Linear layers whose weight is a DTensor; `changing_linears` of them get inputs
+    of a new shape in every step. `units`: FSDP units, of `unit_tensors` parameter tensors together.
+    `copied_bytes`: copied into and out of communication buffers. A part that the profile has not
+    calibrated adds nothing.
     """
     out = []
     for name, count, key in (
         ("dtensor", split_linears, "dtensor_s"),
+        ("new shapes", changing_linears, "dtensor_new_s"),
         ("units", units, "fsdp_s"),
         ("unit tensors", unit_tensors, "fsdp_tensor_s"),
     ):

@@ -209,6 +209,11 @@ def gather(outputs: Sequence[Any]) -> Any:
     """The outputs of all replicas as one, along dim 0."""
     first = outputs[0]
     if isinstance(first, torch.Tensor):
+        if not first.ndim:
+            raise base.StrategyError(
+                "every replica returns a number without a dimension, which cannot be put together "
+                "along dim 0: return one per sample"
+            )
         return torch.cat(list(outputs))
     if isinstance(first, dict):
         return {key: gather([out[key] for out in outputs]) for key in first}

@@ -123,17 +123,21 @@ class SendToExperts(CountTogether):
         """Rows in the order of all experts -> their outputs in the same order."""
         mine = len(self.owned[self.rank])
         sizes = [len(owned) for owned in self.owned]
-        asked = _swap(counts, sizes, [mine] * self.size, self.group).view(self.size, mine)
+        asked = self.swap(counts, sizes, [mine] * self.size).view(self.size, mine)
         sent = [int(part.sum()) for part in counts.split(sizes)]
         received = asked.sum(dim=1).tolist()
         self.away_rows = sum(sent) - sent[self.rank]
         self.guest_rows = sum(received) - received[self.rank]
-        arrived = _AllToAll.apply(rows, sent, received, self.group)
+        arrived = self.swap(rows, sent, received)
         order = self._by_expert(asked)
         done = self.here.run(experts, arrived[order], asked.sum(dim=0))
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
-        return _AllToAll.apply(done[back], received, sent, self.group)
+        return self.swap(done[back], received, sent)
+
+    def swap(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        """`sent[rank]` rows to every rank, in order, `received[rank]` from each; gradients back."""
+        return _AllToAll.apply(rows, sent, received, self.group)
 
     def _by_expert(self, asked: torch.Tensor) -> torch.Tensor:
         """Rows arrive by rank, then by expert; this order puts them by expert, then by rank."""

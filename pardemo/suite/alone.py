@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from pardemo.strategies import batchnorm, tensor_attention, tensor_plans
+from pardemo.strategies import batchnorm, expert, routing, tensor_attention, tensor_plans
 from pardemo.strategies.pipeline_split import Chain
 from pardemo.strategies.ring_attention import RingAttention, chunks_of
 
@@ -104,6 +104,32 @@ class LoneRing(RingAttention):
     def shift(self, outgoing: Tensor) -> tuple[Tensor, list[Any]]:
         """A tensor of the size of what would come from the rank before."""
         return outgoing.clone(), []
+
+
+class LoneExperts(routing.SendToExperts):
+    """The experts of `rank` with nobody beside it: as much arrives as is sent, of its own rows."""
+
+    def __init__(self, rank: int, here: Any, owned: list[range]) -> None:
+        self.rank, self.size, self.here, self.owned = rank, len(owned), here, owned
+        self.away_rows = self.guest_rows = 0
+
+    def meet(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """As if every rank's tokens chose like this one's."""
+        return counts * self.rank, counts * self.size
+
+    def swap(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Its own rows, as often as it takes to be as many as would arrive."""
+        wanted = sum(received)
+        return torch.cat([rows] * -(-wanted // max(1, len(rows))))[:wanted]
+
+
+def keep_experts(module: nn.Module, rank: int, ranks: int) -> None:
+    """Leave `module`, in place, the experts of `rank`, and nobody to send others' rows to."""
+    for layer in routing.seams(module):
+        owned = expert.share(len(layer.experts), ranks)
+        names = list(layer.experts)
+        layer.experts = nn.ModuleDict({names[e]: layer.experts[names[e]] for e in owned[rank]})
+        layer.exchange = LoneExperts(rank, layer.exchange, owned)
 
 
 def lone_ulysses(ranks: int) -> Callable[..., Tensor]:

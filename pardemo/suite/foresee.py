@@ -37,15 +37,15 @@ MESHES = ("dp_tp", "fsdp_tp", "dp_pp", "tp_pp", "dp_pp_tp")
 SHARDED = ("fsdp", "hsdp", "zero1", "tensor", "expert", *CHAINS)  # optimiser state in parts
 SLICED = {"fsdp", "hsdp", "tensor"}  # parameters are DTensors
 REPLICAS, COUNTED = ("ddp", "zero1", "fsdp", "hsdp"), "statistics"
-CUTS = ("tensor", "context")  # every rank sees all samples, a part of each
+CUTS = ("tensor", "context", "expert")  # a rank has a part of the layers, or of each sample
 
 
 @dataclass(frozen=True)
 class Part:
     """One part alone, inside a rank: forward and backward of `size` samples.
 
-    `cut`: "tensor" or "context", for a rank's slice of the layers or positions of the samples;
-    "statistics" for the BatchNorm that adds them up over ranks, by single operators.
+    `cut`: "tensor", "context" or "expert", for a rank's slice of the layers, positions of the
+    samples, or experts; "statistics" for the BatchNorm that adds them up over ranks.
     `optimizer`: with its step behind, over the "whole" model or over "slices" of every tensor.
     """
 
@@ -76,6 +76,8 @@ class Part:
             alone.cut_layers(model, ranks)
         if self.cut == "statistics":
             alone.count_alone(model)
+        if self.cut == "expert":
+            alone.keep_experts(model, rank, ranks)
         if self.cut != "context":
             return inputs, targets
         where = positions_of(rank, ranks, inputs.shape[1], "contiguous")
@@ -142,7 +144,7 @@ def part_cases(scene: Scene, names: Sequence[str]) -> dict[str, Case]:
     parts = {
         f"part: {_told(key)}": Part(work, key)
         if isinstance(key, int)
-        else Part(work, size if key == COUNTED else scene.batch_size, cut=key)
+        else Part(work, size if key in (COUNTED, "expert") else scene.batch_size, cut=key)
         for key in {**dict.fromkeys(_keys(scene, names)), size: None}
     }
     parts["part: with the optimizer"] = Part(work, size, optimizer="whole")
@@ -241,7 +243,7 @@ def predicted(
             sum(p.numel() for p in stage.parameters()) for stage in scene.stages(scene.ranks, size)
         ]
         knobs["shares"] = [count / sum(counts) for count in counts]
-        knobs["schedule"] = "1f1b"
+        knobs["schedule"] = "1f1b" if times >= scene.ranks else "gpipe"
     extra = additions(name, scene, profile) + slices(name, scene, parts.slice_s)
     try:
         found = predict.step(

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections import Counter
+import functools
+from collections import Counter, defaultdict
+from typing import Any
+
+import torch
+from torch import nn
 
 from pardemo.measure.causes_sent import DEFAULT_CAP, FIRST_CAP
 from pardemo.predict import Profile, SentBytes, Term
@@ -11,6 +17,7 @@ from pardemo.predict.prediction import human
 from pardemo.predict.sent import Message
 from pardemo.predict.strategy_step import wrapper_terms
 from pardemo.strategies import tensor_plans
+from pardemo.strategies.base import call
 
 from .forms import sharded_knobs
 from .scene import Scene
@@ -72,6 +79,23 @@ def _buckets(m: Message, scene: Scene) -> list[Message]:
     ]  # fmt: skip
 
 
+def changing_linears(scene: Scene) -> set[str]:
+    """Linear layers whose input has another shape in the next batch: those of experts."""
+    model, shapes = copy.deepcopy(scene.model), defaultdict[str, set[torch.Size]](set)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            note = functools.partial(_note_shape, shapes[name])
+            module.register_forward_pre_hook(note)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for step in range(2):
+            call(model, scene.work.make_batch(scene.batch_size, step, 0)[0])
+    return {name for name, seen in shapes.items() if len(seen) > 1}
+
+
+def _note_shape(seen: set[torch.Size], _: nn.Module, given: tuple[Any, ...]) -> None:
+    seen.update(x.shape for x in given if isinstance(x, torch.Tensor))
+
+
 def slices(name: str, scene: Scene, slice_s: float) -> list[Term]:
     """What the optimiser's step takes longer because parameters are slices of tensors."""
     count = 0
@@ -92,8 +116,9 @@ def additions(name: str, scene: Scene, profile: Profile) -> list[Term]:
     """What the strategy's own machinery costs on each rank, from calibrated constants."""
     if name == "tensor":
         found = tensor_plans.pairs(scene.model)
-        linears = sum(len(pair.columns) + 1 for pair in found)
-        return wrapper_terms(profile, split_linears=linears)
+        linears = [name for pair in found for name in (*pair.columns, pair.rows)]
+        changing = len(changing_linears(scene).intersection(linears))
+        return wrapper_terms(profile, split_linears=len(linears), changing_linears=changing)
     if name == "fsdp":
         known = sharded_knobs(scene, scene.ranks)
         # out of each gather, and into each reduce-scatter

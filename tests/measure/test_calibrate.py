@@ -10,6 +10,7 @@ import pytest
 from pardemo import predict
 from pardemo.measure import calibrate
 from pardemo.measure.calibrate import LAYERS, _collectives, _middle_mean, _overlap
+from pardemo.measure.calibrate_wrappers import PAIRS, apart
 
 KINDS = ("all_reduce", "send", "all_gather", "reduce_scatter")
 
@@ -83,9 +84,38 @@ def test_every_layer_kind_has_forward_and_backward(profile):
 
 def test_what_wrappers_cost_whatever_the_size_is_calibrated(profile):
     launch = profile["launch"]
-    wrapped = {"dtensor_s", "fsdp_s", "fsdp_tensor_s"}
+    wrapped = {"dtensor_s", "dtensor_new_s", "fsdp_s", "fsdp_tensor_s"}
     assert set(launch) == {"step_s", "microbatch_s", "collective_s"} | wrapped
     assert all(seconds >= 0 for seconds in launch.values())
+
+
+def test_layers_of_the_experts_meet_new_shapes_in_every_step_and_the_others_none(ranks2):
+    known, anew = ranks2(worked_out, False)[0], ranks2(worked_out, True)[0]
+    assert known == 0
+    assert anew >= 2 * PAIRS  # every layer, at least once
+
+
+def worked_out(anew):
+    """On a rank: how often DTensor works out how to carry out an operator, in a third step."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+
+    step = apart(anew)(init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
+    step()
+    there = DTensor._op_dispatcher.sharding_propagator
+    real, count = there.propagate_op_sharding_non_cached, 0
+
+    def counted(*args, **how):
+        nonlocal count
+        count += 1
+        return real(*args, **how)
+
+    there.propagate_op_sharding_non_cached = counted
+    try:
+        step()
+    finally:
+        del there.propagate_op_sharding_non_cached
+    return count
 
 
 def test_attention_by_single_operators_counts_the_flops_of_the_fused_kernel(profile):

@@ -10,7 +10,7 @@ import pytest
 from pardemo import predict
 from pardemo.measure.causes_sent import FIRST_CAP
 from pardemo.suite.foresee import Part, needed, overlap, part_cases, read_parts
-from pardemo.suite.foresee_terms import additions, each_message, slices
+from pardemo.suite.foresee_terms import additions, changing_linears, each_message, slices
 from pardemo.suite.forms import closed_form
 from pardemo.suite.scene import Scene
 from pardemo.workloads import workload
@@ -74,6 +74,15 @@ def test_a_ranks_slice_computes_less_than_the_whole_and_sends_nothing(ranks2):
     assert first < second  # causal: the later positions see the earlier ones too
 
 
+def test_a_rank_of_experts_runs_its_own_ones_on_as_many_rows_and_sends_nothing(ranks2):
+    work = workload("moe-mini")
+    whole, mine = (list(ranks2(counted, Part(work, 8, cut=cut))) for cut in ("", "expert"))
+    assert all(sent == 0 for _, sent in mine)
+    for (with_all, _), (with_own, _) in zip(whole, mine, strict=True):
+        assert with_own == pytest.approx(with_all, rel=0.1)  # fewer experts, not fewer rows
+    assert needed(Scene(work, 2, 16), "expert") == "expert"
+
+
 def counted(part):
     """On a rank: FLOPs of one part, and collectives that it calls."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -96,6 +105,13 @@ def test_what_a_strategy_adds_is_named_and_the_others_add_nothing():
     assert set(sharded) == {"units", "unit tensors", "copies"}
     assert sharded["unit tensors"] == pytest.approx(len(SCENE.parameters) * 1e-4)
     assert additions("ddp", SCENE, _machine()) == []
+
+
+def test_only_layers_of_experts_meet_a_new_shape_in_every_step():
+    assert changing_linears(SCENE) == set()
+    found = changing_linears(Scene(workload("moe-mini"), 2, 16))
+    assert found
+    assert all(".experts." in name for name in found)
 
 
 def test_an_optimiser_over_slices_pays_for_every_sliced_tensor():

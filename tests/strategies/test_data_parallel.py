@@ -126,3 +126,8 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_one_device_is_the_model_itself() -> None:
     step, _ = build(devices=1)
     assert step.model is step.plain
+
+
+def test_a_number_without_a_dimension_is_refused_in_words() -> None:
+    with pytest.raises(StrategyError, match="number without a dimension"):
+        check.strategy("data_parallel", "moe-mini", 2, batch_size=8)
