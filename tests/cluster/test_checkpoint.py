@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
@@ -18,11 +19,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from pardemo import strategies, workloads
 from pardemo.cluster import storing
 from pardemo.cluster.checkpoint import CheckpointError, Checkpoints
-from pardemo.cluster.integrity import digest, seal
+from pardemo.cluster.integrity import Damaged, _Unpickler, digest, seal
 from pardemo.cluster.order import DataOrder
 from pardemo.launch import RankFailed, Ranks, launch
 
@@ -224,6 +226,26 @@ def test_a_planted_pickle_is_refused_and_never_runs_even_with_a_forged_manifest(
     with pytest.raises(CheckpointException):  # the plant works: torch itself runs it
         dcp.load({"x": torch.zeros(1)}, checkpoint_id=bad, no_dist=True)
     assert (tmp_path / "ran").exists()
+
+
+class ByName:
+    """Pickled as Python before 3.11.4 pickles a member of an Enum, or anything an attribute."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
+
+
+def test_enum_members_of_older_pythons_are_read_and_other_attributes_refused() -> None:
+    member = _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+    written = pickle.dumps(ByName(_MEM_FORMAT_ENCODING, member.name))
+    assert _Unpickler(io.BytesIO(written)).load() is member
+    for owner, name in ((PosixPath, "unlink"), (_MEM_FORMAT_ENCODING, "__class__")):
+        planted = pickle.dumps(ByName(owner, name))
+        with pytest.raises(Damaged, match=f"takes '{name}' of .*which no checkpoint needs"):
+            _Unpickler(io.BytesIO(planted)).load()
 
 
 def test_pickled_objects_among_the_data_are_refused(tmp_path: Path) -> None:
