@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pardemo import data, models
 
@@ -188,7 +189,7 @@ def _first_line(error: BaseException) -> str:
 
 def _samples(name: str, batch: Any) -> int:
     """How many samples every tensor of the user's batch has; ValueError if they disagree."""
-    found = list(_leaves(batch))
+    found = tree_leaves(batch)
     wrong = [type(leaf).__name__ for leaf in found if not isinstance(leaf, torch.Tensor)]
     if wrong or not found:
         raise ValueError(f"{name}: a batch holds tensors only, got {(wrong or ['none'])[0]}")
@@ -202,21 +203,12 @@ def _samples(name: str, batch: Any) -> int:
     return lengths[0]
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    """What a nested tuple, list or dict holds, one after the other."""
-    if isinstance(value, (tuple, list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
-    else:
-        yield value
-
-
 def _try_out(name: str, model: nn.Module, loss: Callable[[Any, Any], Any], few: Batch) -> None:
     """Run the user's model and loss once on a few samples; ValueError says what does not fit."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError(f"{name}: no parameter of its model is trained (requires_grad)")
-    inputs, targets = (_moved(part, trained[0].device) for part in few)
+    inputs, targets = tree_map(lambda t: t.to(trained[0].device), few)
     how = ""
     try:
         if isinstance(inputs, dict):
@@ -231,7 +223,7 @@ def _try_out(name: str, model: nn.Module, loss: Callable[[Any, Any], Any], few: 
             value = loss(model(inputs), targets)
     except Exception as error:
         raise ValueError(
-            f"{name}: its model and loss fail on {len(next(_leaves(few)))} samples of its own "
+            f"{name}: its model and loss fail on {len(tree_leaves(few)[0])} samples of its own "
             f"batch: {_first_line(error)}{how}"
         ) from error
     if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
@@ -256,21 +248,10 @@ def _own_batch(make: Callable[[], Any], size: int, step: int, seed: int) -> Batc
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inputs, targets = make()[2]
-    chosen = data.draw(size, len(next(_leaves(inputs))), step, seed)
+    chosen = data.draw(size, len(tree_leaves(inputs)[0]), step, seed)
     return _pick(inputs, chosen), _pick(targets, chosen)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return type(value)(_moved(item, device) for item in value)
-
-
 def _pick(value: Any, chosen: torch.Tensor) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value[chosen]
-    if isinstance(value, dict):
-        return {key: _pick(item, chosen) for key, item in value.items()}
-    return type(value)(_pick(item, chosen) for item in value)
+    """The chosen samples of every tensor in a nested tuple, list or dict."""
+    return tree_map(lambda tensor: tensor[chosen], value)

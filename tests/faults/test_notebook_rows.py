@@ -201,6 +201,7 @@ def test_a_full_disk_leaves_the_old_file(
         out.write("{half a note")
         raise OSError(28, "No space left on device")
 
+    notebooks.execute(path)  # Jupyter keeps the event loop of a process's first one: 3 descriptors
     with nothing_left(tmp_path):
         done = notebooks.execute(path)
         with monkeypatch.context() as broken:
