@@ -1,6 +1,6 @@
 """`python -m pardemo`: the same as the `pardemo` command."""
 
-from .cli import main
+from .cli import command
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command())

@@ -59,15 +59,15 @@ def _run(cases: Sequence[Case], results: Path, sweep: Sweep | None) -> int:
     session = store.resume(name, config) if sweep else None
     resumed = session is not None
     session = session or store.begin(name, config)
-    wanted = session.missing([case.name for case in cases])
-    if resumed:
-        print(f"resuming {session.id}: {len(cases) - len(wanted)} of {len(cases)} cases are done")
     folder = results / session.id
-    folder.mkdir(mode=0o700, exist_ok=True)
     with session:
-        failed = _all(
-            [case for case in cases if case.name in wanted], session, folder, results, cases
-        )
+        folder.mkdir(mode=0o700, exist_ok=True)
+        wanted = session.missing([case.name for case in cases])
+        if resumed:
+            done = len(cases) - len(wanted)
+            print(f"resuming {session.id}: {done} of {len(cases)} cases are done")
+        todo = [case for case in cases if case.name in wanted]
+        failed = _all(todo, session, folder, results, cases)
     path = _report(cases, folder, store, card)
     print(f"\nreport: {path}")
     return 1 if failed else 0

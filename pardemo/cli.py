@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .cluster.cli import add_parsers as add_cluster_verbs
 from .launch import RankFailed
 from .parameters import Refused, folder
-from .stop import stopped_by_signals
+from .stop import loaded, stopped_by_signals
 
 if TYPE_CHECKING:
     from .records import Store
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
     verb = words[0] if words else ""
     try:
+        loaded()
         with warnings.catch_warnings(), stopped_by_signals(verb in CLEAN_UP):
             warnings.showwarning = _note
             code = _delegate(verb, words[1:]) if verb in DELEGATED else _run(words)
@@ -78,6 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         said, code = explain(error)
         print(f"pardemo{f' {verb}' if verb in DELEGATED else ''}: {said}", file=sys.stderr)
         return code
+
+
+def command() -> int:
+    """The `pardemo` command as a process of its own: `main`, and no traceback of a Ctrl-C that
+    comes before it or after it."""
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and done
+    return code
 
 
 def explain(error: Exception) -> tuple[str, int]:

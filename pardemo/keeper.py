@@ -1,14 +1,16 @@
 """Between a runner and its kernel, so that nothing a notebook started outlives either of them.
 
-`python keeper.py COMMAND...` runs the kernel and adopts every orphan below it (child subreaper).
-When the kernel ends, however it ends, all that is left is killed; when the runner ends, killed or
-not, the kernel is killed too. Run by its path, so that it starts without importing torch.
+`python keeper.py FOLDER COMMAND...` runs the kernel and adopts every orphan below it (child
+subreaper). When the kernel ends, however it ends, all that is left is killed; when the runner ends,
+killed or not, the kernel is killed too, and FOLDER, the runner's temporary one, is removed. Run by
+its path, so that it starts without importing torch.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,17 +21,17 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 END_S = 10.0
 
 
-def main(command: list[str]) -> int:
+def main(folder: str, command: list[str]) -> int:
     """Run `command`; returns its exit status, 128 + the signal for one that was killed."""
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, lambda *_: None)  # an interrupt is for the kernel, beside us
     runner = os.environ.get("JPY_PARENT_PID", "")
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if runner and os.getppid() != int(runner):
-        return 1  # the runner ended before it could be watched
     try:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if runner and os.getppid() != int(runner):
+            return 1  # the runner ended before it could be watched
         kernel = subprocess.Popen(
             command, env={**os.environ, "JPY_PARENT_PID": str(os.getpid())}, close_fds=False
         )
@@ -40,6 +42,8 @@ def main(command: list[str]) -> int:
                 return code if code >= 0 else 128 - code
     finally:
         end_children()
+        if runner and os.getppid() != int(runner):
+            shutil.rmtree(folder, ignore_errors=True)  # nobody else does
 
 
 def _leave(*_: object) -> NoReturn:
@@ -77,4 +81,4 @@ def children() -> list[int]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main(sys.argv[1], sys.argv[2:]))

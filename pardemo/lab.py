@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+from . import scratch
 from .notebooks import ROOT
 from .parameters import Refused
 from .versions import misfit
@@ -20,6 +21,7 @@ SETTINGS = {
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 PR_SET_PDEATHSIG = 1
+END_S = 20.0  # for the server to end its kernels
 KERNEL_CONFIG = "c = get_config()\nc.IPKernelApp.log_level = 40\n"
 
 
@@ -71,18 +73,21 @@ def run(port: int | None = None, browser: bool = True) -> int:
         raise Refused(said)
     if not (ROOT / FIRST).exists():
         raise Refused(f"{ROOT / FIRST} is missing: run pardemo lab from a clone of the repository")
-    with tempfile.TemporaryDirectory(prefix="pardemo-lab-") as folder:
+    with scratch.folder() as folder:
         server = subprocess.Popen(
             command(port, browser),
-            env=environment(Path(folder)),
+            env=environment(folder),
             cwd=str(ROOT),
             preexec_fn=_end_with_parent,
         )
         try:
             return server.wait()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             server.send_signal(signal.SIGTERM)
-            server.wait(timeout=30)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(timeout=END_S)
+            if stop.args:  # SIGTERM, SIGHUP: not the reader's own way to end it
+                raise
             return 0
         finally:
             if server.poll() is None:

@@ -8,7 +8,6 @@ although it listens on loopback only.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import sys
@@ -21,6 +20,8 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
+from . import scratch
+from .kernels import kept
 from .parameters import Parameter, Refused, infer, nearest, validate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,8 +77,8 @@ def parameters(path: Path) -> dict[str, Parameter]:
     """The notebook's parameters by name, read from its tagged cell without running anything."""
     import papermill
 
-    with tempfile.TemporaryDirectory(prefix="pardemo-") as scratch:
-        copy = Path(scratch) / path.name
+    with scratch.folder() as temporary:
+        copy = temporary / path.name
         nbformat.write(read(path), copy)
         found = papermill.inspect_notebook(str(copy))
     return {
@@ -113,8 +114,8 @@ def execute(
     import papermill
 
     checked = validate(given or {}, parameters(path), path.name)
-    with tempfile.TemporaryDirectory(prefix="pardemo-") as scratch:
-        target = output or Path(scratch) / path.name
+    with scratch.folder() as temporary:
+        target = output or temporary / path.name
         try:
             return papermill.execute_notebook(
                 read(path),
@@ -125,7 +126,7 @@ def execute(
                 execution_timeout=timeout_s,
                 autosave_cell_every=2,
                 extra_arguments=QUIET_KERNEL,
-                kernel_manager_class=_kept(Path(scratch)),
+                kernel_manager_class=kept(temporary),
             )
         except papermill.PapermillExecutionError as error:
             raise NotebookFailed(
@@ -237,34 +238,6 @@ def _anonymous(text: str) -> str:
     for folder, name in ((ROOT, "."), (Path(sys.prefix), "<venv>"), (Path.home(), "~")):
         text = text.replace(f"{folder}/", f"{name}/").replace("././", "./")
     return text
-
-
-def _kept(folder: Path) -> Any:
-    """The class that starts a kernel under keeper.py: what it started ends with it.
-
-    Its connection file is in `folder`: a stop while a kernel starts would leave it elsewhere.
-    """
-    from jupyter_client import AsyncKernelManager
-
-    class Kept(AsyncKernelManager):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(connection_file=str(folder / "kernel.json"), **options)
-
-        def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
-            keeper = [sys.executable, "-I", "-S", str(Path(__file__).with_name("keeper.py"))]
-            return keeper + super().format_kernel_cmd(extra_arguments)
-
-        async def shutdown_kernel(  # type: ignore[override]
-            self, now: bool = False, restart: bool = False
-        ) -> None:
-            """First end what waits for the cell that was stopped: it would say the kernel died."""
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-            await super().shutdown_kernel(now=now, restart=restart)
-
-    return Kept
 
 
 def _untyped(entry: Mapping[str, Any]) -> bool:

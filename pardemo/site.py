@@ -11,13 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
-from pardemo import explore
+from pardemo import explore, scratch
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
@@ -69,8 +68,8 @@ def _write_math(writer: Any, node: Any, block: bool) -> None:
 
 def build(output: Path, source: Path | None = None) -> Path:
     """Build the site into `output`; returns its first page. RuntimeError holds Sphinx's words."""
-    with tempfile.TemporaryDirectory(prefix="pardemo-site-") as scratch:
-        work = source or Path(scratch)
+    with scratch.folder() as temporary:
+        work = source or temporary
         _write_source(work)
         command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
         done = subprocess.run(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from importlib import metadata
-from pathlib import Path
+
+from .stop import is_command
 
 REMEDY = "`make setup` in the clone installs what fits"
 
@@ -37,7 +38,7 @@ def demand(package: str) -> None:
     ImportError in a notebook or a script."""
     if not (said := misfit(package)):
         return
-    if Path(sys.argv[0]).name in ("-m", "pardemo"):  # `python -m pardemo`, or the command
+    if is_command():
         print(f"pardemo: {said}", file=sys.stderr)
         raise SystemExit(2)
     raise ImportError(said)

@@ -7,9 +7,11 @@ import sys
 
 from pardemo.cluster.cli import add_parsers
 from pardemo.parameters import Refused
+from pardemo.stop import loaded
 
 
 def main() -> int:
+    loaded()
     top = argparse.ArgumentParser(prog="pardemo")
     add_parsers(top.add_subparsers(required=True, metavar="VERB"))
     arguments = top.parse_args()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
@@ -22,7 +21,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from nbformat import NotebookNode, v4
 from traitlets.config import Config
 
-from pardemo import notebooks
+from pardemo import notebooks, scratch
 from pardemo.parameters import validate
 
 
@@ -143,9 +142,9 @@ def _shell() -> Iterator[Any]:
     config = Config()
     config.HistoryManager.enabled = False
     config.InteractiveShell.colors = "nocolor"
-    with tempfile.TemporaryDirectory(prefix="pardemo-") as folder:
-        os.environ.setdefault("IPYTHONDIR", folder)
-        shell = _Shell.instance(config=config, ipython_dir=folder)
+    with scratch.folder() as folder:
+        os.environ.setdefault("IPYTHONDIR", str(folder))
+        shell = _Shell.instance(config=config, ipython_dir=str(folder))
         try:
             yield shell
         finally:

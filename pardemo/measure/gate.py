@@ -17,9 +17,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import tempfile
+import secrets
 import time
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -84,19 +83,25 @@ class Gate:
             _timer_slack(DEFAULT_SLACK)
 
     def _meet(self) -> mmap.mmap | None:
-        """Map one file on all ranks, and take its name away; None where some rank cannot."""
+        """Map rank 0's memory on all ranks; None where some rank cannot.
+
+        It never has a name in a file system, so that a rank that is killed leaves none.
+        """
         size, me = dist.get_world_size(self._group), dist.get_rank(self._group)
-        length, found = size * LINE * 8, None
+        length, file = size * LINE * 8, None
         names: list[Any] = [None]
         if me == 0:
-            names = [_create(length)]
+            token = f"pardemo-gate-{secrets.token_hex(8)}"
+            file = os.memfd_create(token)
+            os.ftruncate(file, length)
+            names = [(f"/proc/{os.getpid()}/fd/{file}", token)]
         dist.broadcast_object_list(names, group_src=0, group=self._group)  # moves one path
-        if names[0] is not None:
-            found = _open(names[0], length)
+        path, token = names[0]
+        found = _open(path, token, length)
         opened: list[Any] = [None] * size
         dist.all_gather_object(opened, found is not None, group=self._group)  # moves one truth each
-        if me == 0 and names[0] is not None:
-            os.unlink(names[0][0])
+        if file is not None:
+            os.close(file)
         if all(opened):
             return found
         if found is not None:
@@ -109,24 +114,10 @@ def _timer_slack(nanoseconds: int) -> None:
     ctypes.CDLL(None).prctl(SET_TIMERSLACK, nanoseconds, 0, 0, 0)
 
 
-def _create(length: int) -> tuple[str, int] | None:
-    """A file of zeros, in memory where possible: its path and inode, by which others know it."""
-    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+def _open(path: str, token: str, length: int) -> mmap.mmap | None:
+    """Map the memory of that token, unless this host has none there: rank 0 is on another one."""
     try:
-        file, path = tempfile.mkstemp(prefix="pardemo-gate-", dir=folder)
-    except OSError:
-        return None
-    os.ftruncate(file, length)
-    inode = os.fstat(file).st_ino
-    os.close(file)
-    return path, inode
-
-
-def _open(name: tuple[str, int], length: int) -> mmap.mmap | None:
-    """Map the file, unless this host has none of that name or another one."""
-    path, inode = name
-    try:
-        if Path(path).stat().st_ino != inode:
+        if token not in os.readlink(path):
             return None
         file = os.open(path, os.O_RDWR)
     except OSError:

@@ -197,10 +197,11 @@ def _settle(before: State, folder: Path, old: Sequence[int], within_s: float) ->
 
 
 class Program:
-    """A Python script as a user starts it: in its own session, its output in files.
+    """A Python script, or a command, as a user starts it: in its own session, its output in files.
 
-    `sigint_ignored` starts it as a shell starts `command &`. `before` runs in the new process, to
-    set its limits. `environ` goes on top of this process's.
+    Without `source`, `command` and the arguments are all there is. `sigint_ignored` starts it as a
+    shell starts `command &`. `before` runs in the new process, to set its limits.
+    `environ` goes on top of this process's.
     """
 
     started: set[int] = set()  # noqa: RUF012  all programs of this process
@@ -208,7 +209,7 @@ class Program:
     def __init__(
         self,
         folder: Path,
-        source: str,
+        source: str | None,
         *arguments: str,
         command: Sequence[str] = (sys.executable,),
         sigint_ignored: bool = False,
@@ -216,8 +217,11 @@ class Program:
         **environ: str,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="program-", dir=folder))
-        script = self.folder / "script.py"
-        script.write_text(textwrap.dedent(source))
+        words = [*command, *arguments]
+        if source is not None:
+            script = self.folder / "script.py"
+            script.write_text(textwrap.dedent(source))
+            words = [*command, str(script), *arguments]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
         def prepare() -> None:
@@ -227,7 +231,7 @@ class Program:
 
         with (self.folder / "out").open("w") as out, (self.folder / "err").open("w") as err:
             self.process = subprocess.Popen(
-                [*command, str(script), *arguments],
+                words,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

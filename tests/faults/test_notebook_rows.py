@@ -175,7 +175,7 @@ def test_without_the_keeper_grandchildren_would_stay(
     """The guarantee broken on purpose: the checks above must catch it."""
     from jupyter_client import AsyncKernelManager
 
-    monkeypatch.setattr(notebooks, "_kept", lambda _: AsyncKernelManager)
+    monkeypatch.setattr(notebooks, "kept", lambda _: AsyncKernelManager)
     note = tmp_path / "note"
     path = write(
         folder, FAMILY.format(note=str(note), mark=MARK) + "os.kill(os.getpid(), signal.SIGKILL)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import resource
 import time
 
@@ -33,9 +32,18 @@ def test_nobody_passes_before_the_last_has_come(ranks2):
         assert min(left0, left1) >= max(came0, came1)
 
 
-def test_it_leaves_no_file_behind(ranks2):
-    list(ranks2(lambda: Gate(dist.group.WORLD).close()))
-    assert [name for name in os.listdir("/dev/shm") if name.startswith("pardemo-gate-")] == []
+def mapped():
+    gate = Gate(dist.group.WORLD)
+    with open("/proc/self/maps") as maps:
+        lines = [line.split(maxsplit=5)[5].strip() for line in maps if "pardemo-gate-" in line]
+    gate.close()
+    return lines
+
+
+def test_its_memory_never_has_a_name_that_a_killed_rank_could_leave(ranks2):
+    for lines in ranks2(mapped):
+        (line,) = lines
+        assert line.startswith("/memfd:pardemo-gate-")
 
 
 def slack():

@@ -1,0 +1,47 @@
+"""The kernel of a notebook that is run: under keeper.py, its files in a folder of its runner."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+KEEPER_S = 15.0  # for keeper.py to end a kernel and all below it
+
+
+def kept(folder: Path) -> Any:
+    """The class that starts a kernel under keeper.py: what it started ends with it.
+
+    Its connection file is in `folder`: a stop while a kernel starts would leave it elsewhere.
+    """
+    from jupyter_client import AsyncKernelManager
+
+    class Kept(AsyncKernelManager):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(connection_file=str(folder / "kernel.json"), **options)
+
+        def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
+            program = str(Path(__file__).with_name("keeper.py"))
+            keeper = [sys.executable, "-I", "-S", program, str(folder)]
+            return keeper + super().format_kernel_cmd(extra_arguments)
+
+        async def shutdown_kernel(  # type: ignore[override]
+            self, now: bool = False, restart: bool = False
+        ) -> None:
+            """Where something still waits for a cell, end that first: it would say the kernel died.
+            Then end the kernel by its keeper: asked politely, it would be interrupted and print
+            what its cell meets while its sockets close."""
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            if others and self.provisioner is not None:
+                await self.provisioner.terminate()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.provisioner.wait(), KEEPER_S)
+                now = True
+            await super().shutdown_kernel(now=now, restart=restart)
+
+    return Kept
