@@ -186,7 +186,8 @@ def _doctor(verbs: Any) -> None:
     doctor = verbs.add_parser("doctor", help="can these nodes train together? findings, remedies")
     doctor.add_argument(
         "--nodes", nargs="+", default=[], metavar="HOST:PORT",
-        help="all nodes; run the same command on each of them",
+        help="all nodes; run the same command on each of them. Meanwhile torch listens on every "
+        "interface, for whoever reaches it: a closed network only",
     )  # fmt: skip
     doctor.add_argument("--this", type=int, help="which of them this one is; else by its addresses")
     doctor.add_argument("--timeout-s", type=float, default=30.0, help="wait for the others")

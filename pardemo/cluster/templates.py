@@ -38,6 +38,11 @@ LIMITS = {
     "nodes": (1, 10_000), "gpus_per_node": (0, 64), "port": (1024, 65535), "cpus_per_rank": (1, 512)
 }  # fmt: skip
 
+EXPOSED = """\
+# While it runs, torch listens on every interface of its nodes and asks nobody who he is: run it
+# where only those reach the nodes whom you trust (a closed network, a firewall, a NetworkPolicy).
+"""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -91,7 +96,8 @@ def template(kind: str, plan: Plan) -> str:
     """The script or manifest of `kind`, one of KINDS, ready to use."""
     if kind not in KINDS:
         raise Refused(f"no template {kind!r}; {nearest(kind, KINDS)}")
-    return KINDS[kind](plan)
+    first, rest = KINDS[kind](plan).split("\n", 1)
+    return f"{first}\n{EXPOSED}{rest}"
 
 
 def _exports(plan: Plan) -> list[str]:

@@ -47,6 +47,14 @@ def test_an_unknown_kind_is_refused_with_the_nearest_name() -> None:
         template("slrum", Plan())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_it_opens_to_the_network_is_said_at_its_head(kind: str) -> None:
+    """Broken on purpose: what the templates themselves make says nothing of it."""
+    said = "torch listens on every interface of its nodes"
+    assert said not in KINDS[kind](Plan())
+    assert said in " ".join(template(kind, Plan()).splitlines()[:3])
+
+
 @pytest.mark.parametrize("kind", ["slurm", "torchrun"])
 def test_scripts_are_valid_bash_and_arguments_arrive_as_they_were(
     kind: str, tmp_path: Path

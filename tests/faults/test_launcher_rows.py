@@ -468,15 +468,34 @@ def test_row_8_the_parent_is_killed(tmp_path: Path, ignored: bool, times: int) -
         end_parents(tmp_path, signal.SIGKILL, ignored=ignored, times=times)
 
 
+LAN = "192.0.2.2"
+BREAKS = {  # whether the ranks are told which interface is theirs: what listens then
+    "as it is": ("", "['127.0.0.1']"),
+    "broken on purpose": ('del found["GLOO_SOCKET_IFNAME"]', f"['127.0.0.1', '{LAN}']"),
+}
+
+
 @pytest.mark.twenty
 @NEEDS_UNSHARE
 @pytest.mark.skipif(shutil.which("ip") is None, reason="needs ip (iproute2)")
-def test_row_15_nothing_listens_beyond_loopback_where_the_host_has_a_lan(tmp_path: Path) -> None:
-    """The host's name is that of its LAN address, which gloo would take by itself."""
-    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n192.0.2.2 on-a-lan\n")
+@pytest.mark.parametrize("breaks", BREAKS)
+def test_row_15_nothing_listens_beyond_loopback_where_the_host_has_a_lan(
+    tmp_path: Path, breaks: str
+) -> None:
+    """The host's name is that of its LAN address, which gloo takes by itself: seen where the ranks
+    are not told to use loopback, so that the watcher is known to find it."""
+    breaking, listening = BREAKS[breaks]
+    (tmp_path / "hosts").write_text(f"127.0.0.1 localhost\n{LAN} on-a-lan\n")
     script = """
-    import socket, threading, psutil, torch, torch.distributed as dist
+    import socket, sys, threading, psutil, torch, torch.distributed as dist
     from pardemo import launch
+    from pardemo.launch import rendezvous
+    as_it_is = rendezvous.environment
+    def environment(*args):
+        found = as_it_is(*args)
+        exec(sys.argv[1])
+        return found
+    rendezvous.environment = environment
     seen, ended = set(), threading.Event()
     def watch():
         here = psutil.Process()
@@ -499,16 +518,16 @@ def test_row_15_nothing_listens_beyond_loopback_where_the_host_has_a_lan(tmp_pat
     inside = " && ".join(
         [
             "ip link set lo up",
-            "ip address add 192.0.2.2/24 dev lo",
+            f"ip address add {LAN}/24 dev lo",
             "hostname on-a-lan",
             f"mount --bind {tmp_path / 'hosts'} /etc/hosts",
         ]
     )
     with nothing_left(tmp_path):
         command = in_namespace(inside, "--mount", "--net", "--uts")
-        program = Program(tmp_path, script, command=command)
+        program = Program(tmp_path, script, breaking, command=command)
         assert program.end(250) == 0, program.err
-        assert program.out == "192.0.2.2 ['127.0.0.1']\n"
+        assert program.out == f"{LAN} {listening}\n"
 
 
 @pytest.mark.twenty
