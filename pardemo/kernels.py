@@ -27,6 +27,12 @@ def kept(folder: Path) -> Any:
             keeper = [sys.executable, "-I", "-S", program, str(folder)]
             return keeper + super().format_kernel_cmd(extra_arguments)
 
+        async def _async_interrupt_kernel(self) -> None:
+            """Not on the way to a shutdown: nothing runs then, and an idle kernel would print that
+            it was interrupted, after a notebook that went well."""
+            if not self.shutting_down:
+                await super()._async_interrupt_kernel()
+
         async def shutdown_kernel(  # type: ignore[override]
             self, now: bool = False, restart: bool = False
         ) -> None:

@@ -1,4 +1,4 @@
-"""Temporary folders that do not stay: removed at the end of their block, or by the next process.
+"""Temporary folders that do not stay: removed when they are done with, or by the next process.
 
 A process that is killed with SIGKILL removes nothing. So each folder is locked by its owner (flock,
 which the kernel frees when he dies, however he dies), and whoever makes one first removes those
@@ -17,42 +17,61 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-NAME = re.compile(r"pardemo-tmp-\w{8}")
+PREFIX = "pardemo-tmp-"
 _UNBORN = "new-"  # before a folder's name: made, and not locked yet
+_locks: dict[str, int] = {}  # the descriptors that lock this process's folders
+
+
+def make(prefix: str = PREFIX) -> Path:
+    """A new private folder in the system's temporary one, this process's until `remove`."""
+    made = Path(tempfile.mkdtemp(prefix=_UNBORN + prefix))
+    lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    named = made.rename(made.with_name(made.name.removeprefix(_UNBORN)))
+    _locks[str(named)] = lock
+    return named
+
+
+def remove(path: Path) -> None:
+    """Remove a folder and what is in it; one that is gone is no error."""
+    shutil.rmtree(path, ignore_errors=True)
+    if (lock := _locks.pop(str(path), None)) is not None:
+        os.close(lock)
 
 
 @contextlib.contextmanager
 def folder() -> Iterator[Path]:
-    """A private folder in the system's temporary one, for the time of a with block."""
+    """A private folder for the time of a with block; what killed processes left is swept first."""
     sweep()
-    made = Path(tempfile.mkdtemp(prefix=f"{_UNBORN}pardemo-tmp-"))
-    lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    made = make()
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        made = made.rename(made.with_name(made.name.removeprefix(_UNBORN)))
         yield made
     finally:
-        shutil.rmtree(made, ignore_errors=True)
-        os.close(lock)
+        remove(made)
 
 
 def sweep() -> list[Path]:
     """Remove what killed processes of this user have left; the folders that were removed."""
-    swept = []
-    for path in Path(tempfile.gettempdir()).glob("pardemo-tmp-*"):
-        if NAME.fullmatch(path.name) is None:
+    swept = list(abandoned(PREFIX))
+    for path in swept:
+        remove(path)
+    return swept
+
+
+def abandoned(prefix: str) -> Iterator[Path]:
+    """Folders of that prefix whose owners have died; this process's from now on."""
+    for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        if re.fullmatch(re.escape(prefix) + r"\w{8}", path.name) is None:
             continue
-        with contextlib.suppress(OSError):  # another process may be quicker
+        with contextlib.suppress(OSError):  # its owner lives, or another process was quicker
             found = path.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
                 continue
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-                swept.append(path)
-            except BlockingIOError:
-                pass  # its owner lives
-            finally:
+            except OSError:
                 os.close(lock)
-    return swept
+                raise
+            _locks[str(path)] = lock
+            yield path

@@ -25,7 +25,7 @@ ALLOWED = {
     "data": set(),
     "models": set(),
     "workloads": {"data", "models"},
-    "launch": {"machine"},
+    "launch": {"machine", "scratch"},
     "strategies": set(),
     "predict": set(),
     "measure": {"machine", "launch"},

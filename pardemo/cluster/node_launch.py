@@ -22,7 +22,7 @@ from pardemo.launch import family
 from pardemo.launch.api import Ranks
 from pardemo.launch.leftovers import temporary_folder
 from pardemo.launch.results import Results
-from pardemo.launch.servers import Started, _open_ends
+from pardemo.launch.servers import Started, open_ends
 from pardemo.parameters import Refused
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def environments(nodes: Nodes, nprocs_per_node: int) -> list[dict[str, str]]:
 
 def start(nodes: Nodes, nprocs: int) -> Started:
     """Start one rank process per rank, each inside its node."""
-    ends, theirs = _open_ends(nprocs)
+    ends, theirs = open_ends(nprocs)
     path = os.pathsep.join(filter(None, [PACKAGE, os.environ.get("PYTHONPATH")]))
     per_node, folder = nprocs // len(nodes), temporary_folder()
     processes: list[subprocess.Popen[Any]] = []

@@ -35,6 +35,16 @@ def end_with_parent(wanted: bool) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if wanted else 0)
 
 
+def bound_to(pid: object) -> str:
+    """Python text to begin a program with: it is killed when its parent, process `pid`, ends."""
+    if sys.platform != "linux":
+        return ""
+    return (
+        f"import ctypes, os; ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)}); "
+        f"os.getppid() == {pid} or os._exit(1); "
+    )
+
+
 def children(pid: int) -> set[int]:
     """The processes whose parent is `pid`; empty where the system keeps no list of them."""
     found: set[int] = set()

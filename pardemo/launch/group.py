@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pardemo.launch import family, servers, watch, wire
+from pardemo.launch import family, servers, spawned, watch, wire
 
 _CHUNK_BYTES = 1 << 18
 _STRAYS_S = 2.0  # for what ranks have left to be found and ended
@@ -58,7 +58,7 @@ class Group:
             self.started = start(nprocs)
         else:
             fork = start == "forkserver"
-            self.started = servers.fork_server().start(nprocs) if fork else servers.spawn(nprocs)
+            self.started = servers.fork_server().start(nprocs) if fork else spawned.spawn(nprocs)
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.pids = self.started.pids
         self.dead: dict[int, int] = {}

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import _posixshmem
 import contextlib
+import functools
 import os
-import shutil
-import tempfile
 from _multiprocessing import sem_unlink
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from pardemo import scratch
+
+_PREFIX = "pr-"
 _NOTES = "notes"
 _REMOVE = {"shared_memory": _posixshmem.shm_unlink, "semaphore": sem_unlink}
 _TORCHS = Path("/dev/shm")  # where torch's sharing strategy "file_system" keeps tensors
@@ -23,12 +25,22 @@ _TORCHS = Path("/dev/shm")  # where torch's sharing strategy "file_system" keeps
 
 def temporary_folder() -> str:
     """Where multiprocessing in the ranks keeps its sockets: a killed rank leaves them behind, so
-    whoever outlives the group removes the folder. Empty where none can be made. Its name is
-    shorter than multiprocessing's own: a socket's path may have 107 characters."""
-    try:
-        return tempfile.mkdtemp(prefix="pd-")
-    except OSError:
-        return ""
+    whoever outlives the group removes the folder; where nobody has, the next process does. Empty
+    where none can be made. Its name is shorter than multiprocessing's own: a socket's path may
+    have 107 characters."""
+    with contextlib.suppress(OSError):
+        _sweep_once()
+        return str(scratch.make(_PREFIX))
+    return ""
+
+
+def sweep() -> None:
+    """Clear what groups of ranks have left that were killed with all their relatives."""
+    for folder in scratch.abandoned(_PREFIX):
+        clear(str(folder))
+
+
+_sweep_once = functools.cache(sweep)  # in a process, before its first group
 
 
 def note(folder: str) -> None:
@@ -75,4 +87,4 @@ def clear(folder: str) -> None:
     for file in _TORCHS.glob("torch_*_*") if made else ():  # torch_PROCESS_...
         if made.get(file.name.split("_")[1]) == "process":
             file.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    scratch.remove(Path(folder))

@@ -1,7 +1,7 @@
-"""How rank processes come to be: forked by a fork server, or by torch's spawn.
+"""How rank processes come to be: forked by a fork server, or by torch's spawn (`spawned`).
 
 Both give a `Started`: per rank the kernel's ends of a socket and three pipes, and a way to learn
-which process died of what. Everything above this file is the same for both.
+which process died of what. Everything above is the same for both.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import multiprocessing.connection as mpc
 import os
 import resource
 import select
@@ -17,15 +16,12 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as mp
-
 from pardemo.launch import family, leftovers, watch
-from pardemo.launch import rank as rank_module
 
 _FDS_PER_RANK = 4  # a socket and three pipes
 _ZYGOTE = "pardemo.launch.zygote"
@@ -33,8 +29,7 @@ _ZYGOTE = "pardemo.launch.zygote"
 # it must not outlive its kernel while it imports torch, when it does not look at its socket yet
 _BOOT = (
     "import sys; sys.path[:] = filter(None, sys.path); "
-    "import ctypes, os; ctypes.CDLL(None).prctl(1, 9); "  # PR_SET_PDEATHSIG, SIGKILL
-    "os.getppid() == int(sys.argv[-1]) or os._exit(1); "
+    f"{family.bound_to('int(sys.argv[-1])')}"
     f"from {_ZYGOTE} import main; main()"
 )
 Reading = Callable[[], list[tuple[int, str, Any]]]
@@ -69,7 +64,7 @@ class Started:
     pids: dict[int, int] = field(default_factory=dict)
 
 
-def _open_ends(nprocs: int) -> tuple[list[RankEnd], list[list[int]]]:
+def open_ends(nprocs: int) -> tuple[list[RankEnd], list[list[int]]]:
     """The kernel's ends, and the descriptors each rank gets."""
     made: list[int] = []
     try:
@@ -146,7 +141,7 @@ class ForkServer:
     def start(self, nprocs: int) -> Started:
         """Fork `nprocs` ranks."""
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ends, theirs = _open_ends(nprocs)
+        ends, theirs = open_ends(nprocs)
         folder = leftovers.temporary_folder()
         socket.send_fds(self.sock, [b"group"], [there.fileno()])
         there.close()
@@ -216,70 +211,3 @@ def in_kernel() -> bool:
     from IPython import get_ipython
 
     return hasattr(get_ipython(), "kernel")
-
-
-def spawn(nprocs: int) -> Started:
-    """Start ranks with torch.multiprocessing.spawn: slower, and works wherever torch does."""
-    ends, theirs = _open_ends(nprocs)
-    connections = [[mpc.Connection(fd) for fd in fds] for fds in theirs]
-    folder = leftovers.temporary_folder()
-    with _main_hidden():
-        arguments = (connections, os.getpid(), folder)
-        context = mp.spawn(_spawned, args=arguments, nprocs=nprocs, join=False)
-    for connection in (c for row in connections for c in row):
-        connection.close()
-    processes = context.processes
-
-    def died(rank: int) -> list[tuple[int, str, Any]]:
-        code = processes[rank].exitcode
-        if code is None:
-            return []
-        family.kill(processes[rank].pid)
-        return [(rank, "exited", code)]
-
-    def stop() -> None:
-        for process in processes:
-            family.kill(process.pid)
-
-    def release() -> None:
-        for process, end in zip(processes, watched, strict=True):
-            process.join()
-            if end != process.sentinel:
-                os.close(end)
-            process.close()
-        leftovers.clear(folder)
-
-    watched = [family.death_of(process) for process in processes]
-    readings: dict[int, Reading] = {
-        fd: functools.partial(died, rank) for rank, fd in enumerate(watched)
-    }
-    return Started(ends, readings, stop, release, {i: p.pid for i, p in enumerate(processes)})
-
-
-@contextlib.contextmanager
-def _main_hidden() -> Iterator[None]:
-    """Keep new processes from running this process's script again: functions come by value."""
-    main = vars(sys.modules["__main__"])
-    hidden: dict[str, Any] = {
-        name: main.pop(name) for name in ("__file__", "__spec__") if name in main
-    }
-    main["__spec__"] = None
-    try:
-        yield
-    finally:
-        main.update(hidden)
-
-
-def _spawned(rank: int, connections: list[list[Any]], kernel: int, folder: str) -> None:
-    """What torch.multiprocessing.spawn runs in each new process."""
-    os.setpgid(0, 0)
-    mp.set_start_method(None, force=True)  # DataLoader workers start as in any other process
-    fds = []
-    for index, row in enumerate(connections):
-        for connection in row:
-            if index == rank:
-                fds.append(os.dup(connection.fileno()))
-            connection.close()
-    if os.getppid() != kernel:
-        os._exit(1)
-    rank_module.main(rank, *fds, folder=folder)

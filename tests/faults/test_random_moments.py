@@ -23,6 +23,7 @@ import psutil
 import pytest
 
 from pardemo import records, scratch
+from pardemo.launch import leftovers
 from pardemo.records import lock
 
 from .harness import Program, gone_within, nothing_left
@@ -133,11 +134,12 @@ def check_ending(
 STOPPED = "stopped; the same sweep goes on where it was"
 
 
-def clear_away(temporary: Path, program: Program, number: int) -> None:
-    """Nothing lies about, but for what a process that is killed cannot take away itself: the next
-    one does."""
-    if number == signal.SIGKILL:
+def clear_away(temporary: Path, program: Program, number: int, subject: Subject) -> None:
+    """Nothing lies about, but for what a killed process (or a script without a handler, told to
+    end) cannot take away itself: the next one does."""
+    if number == signal.SIGKILL or (subject.source and number != signal.SIGINT):
         scratch.sweep()
+        leftovers.sweep()
     assert left_in(temporary, program) == []
     for entry in temporary.iterdir():
         _remove(entry)
@@ -170,7 +172,7 @@ def test_a_command_hit_at_a_random_moment_leaves_nothing(
         print(f"\n{name}, {hit} after {after_s:.2f} s: {code} {program.err[-200:]!r}")
         assert gone_within(family, GONE_S) == []
         check_ending(program, code, number, subject, temporary)
-        clear_away(temporary, program, number)
+        clear_away(temporary, program, number, subject)
 
 
 def cases(results: Path) -> dict[str, str]:
@@ -226,7 +228,7 @@ def test_a_sweep_hit_again_and_again_loses_no_case(
             check_ending(program, code, HITS[hit][0], BENCH, temporary)
             after = cases(results)
             assert before.items() <= after.items(), "a case was lost, or measured again"
-            clear_away(temporary, program, HITS[hit][0])
+            clear_away(temporary, program, HITS[hit][0], BENCH)
             if (results / "pardemo.sqlite").exists():
                 *old, last = statuses(results)
                 assert set(old) <= {"done"}, "a run was left, not gone on with"
@@ -234,7 +236,7 @@ def test_a_sweep_hit_again_and_again_loses_no_case(
                 assert last in ("done", "interrupted") or HITS[hit][0] == signal.SIGKILL
         program = Program(temporary, None, command=sweep)
         assert program.end(200) == 0, program.err
-        clear_away(temporary, program, 0)
+        clear_away(temporary, program, 0, BENCH)
     assert set(statuses(results)) == {"done"}
     assert len(cases(results)) == 2 * len(statuses(results))
 
@@ -288,4 +290,4 @@ def test_a_process_of_a_benchmark_that_is_killed_is_named(
             assert "Traceback" not in program.err
             if code:
                 assert re.search(SAYS[what], program.err), (what, program.err)
-            clear_away(temporary, program, 0)
+            clear_away(temporary, program, 0, BENCH)

@@ -15,6 +15,8 @@ import psutil
 import pytest
 from launch_kernels import SETUP, Kernel, a_kernel, alive, kill_hard
 
+from pardemo.launch import spawned
+
 WITH_WORKERS = """
 from torch.utils.data import DataLoader
 class Slow(torch.utils.data.Dataset):
@@ -57,6 +59,17 @@ def test_nothing_outlives_a_killed_kernel_when_ranks_were_spawned() -> None:
     with a_kernel() as kernel:
         blocked_kernel(kernel, "data loader", start="spawn")
         assert kill_hard(kernel) == []
+
+
+def test_ranks_that_are_released_already_can_be_stopped() -> None:
+    """A stop that comes while another thread has seen them end: in 1 of 20 Ctrl-C it raised
+    "process object is closed" over the KeyboardInterrupt."""
+    started = spawned.spawn(1)
+    started.stop()
+    started.release()
+    started.stop()
+    for end in started.ends:
+        end.close()
 
 
 def test_a_child_that_the_kernel_forked_does_not_keep_the_ranks_alive() -> None:
