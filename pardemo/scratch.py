@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX = "pardemo-tmp-"
+NAME = re.compile(r"(pardemo-tmp|pr)-\w{8}")
 _UNBORN = "new-"  # before a folder's name: made, and not locked yet
 _locks: dict[str, int] = {}  # the descriptors that lock this process's folders
 
@@ -33,7 +34,9 @@ def make(prefix: str = PREFIX) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder and what is in it; one that is gone is no error."""
+    """Remove a folder that `make` has made, here or elsewhere; one that is gone is no error."""
+    if NAME.fullmatch(path.name) is None or not path.is_absolute():
+        raise ValueError(f"{str(path)!r} is no folder of {__name__}'s making")
     shutil.rmtree(path, ignore_errors=True)
     if (lock := _locks.pop(str(path), None)) is not None:
         os.close(lock)
@@ -61,7 +64,7 @@ def sweep() -> list[Path]:
 def abandoned(prefix: str) -> Iterator[Path]:
     """Folders of that prefix whose owners have died; this process's from now on."""
     for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        if re.fullmatch(re.escape(prefix) + r"\w{8}", path.name) is None:
+        if NAME.fullmatch(path.name) is None:
             continue
         with contextlib.suppress(OSError):  # its owner lives, or another process was quicker
             found = path.lstat()

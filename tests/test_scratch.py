@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pardemo import scratch
+from pardemo.launch import leftovers
 
 OWNER = """
 import sys, time
@@ -72,3 +73,17 @@ def test_nothing_else_is_swept(place: Path) -> None:
         assert scratch.sweep() == []
         os.chown(place / "pardemo-tmp-deadbeef", 0, 0)
     assert scratch.sweep() == [place / "pardemo-tmp-deadbeef"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "sub", "pr-abc", "pardemo-0"])
+def test_only_folders_of_its_own_making_are_removed(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """An empty path is the folder that one is in."""
+    monkeypatch.chdir(place)
+    (place / "sub").mkdir()
+    for path in (Path(name), place / name):
+        with pytest.raises(ValueError, match="is no folder of"):
+            scratch.remove(path)
+    leftovers.clear("")
+    assert (place / "sub").exists()

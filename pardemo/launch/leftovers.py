@@ -75,7 +75,9 @@ def note(folder: str) -> None:
 
 
 def clear(folder: str) -> None:
-    """Remove what was noted in `folder` and was not removed since, then the folder."""
+    """Remove what was noted in `folder` and was not removed since, then the folder; "" is none."""
+    if not folder:
+        return
     made: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
         for line in Path(folder, _NOTES).read_text().splitlines():
