@@ -22,13 +22,9 @@ def at(host: str, port: int, limit_s: float, say_after_s: float = SAY_AFTER_S) -
     Raises RuntimeError, in one line: who is silent, for how long, and what to do.
     """
     began, said = time.monotonic(), False
-    while (reason := _knock(host, port)) is not None:
+    while (error := _knock(host, port)) is not None:
         waited_s = time.monotonic() - began
-        trouble = (
-            f"nobody answers at {host}:{port} after {waited_s:.0f} s ({reason}): start rank 0 "
-            "there, or correct MASTER_ADDR and MASTER_PORT (--master-addr, --master-port); "
-            "`pardemo doctor --nodes ...` on each node says which"
-        )
+        trouble = _trouble(host, port, waited_s, error)
         if waited_s >= limit_s:
             raise RuntimeError(trouble)
         if not said and waited_s >= say_after_s:
@@ -37,9 +33,23 @@ def at(host: str, port: int, limit_s: float, say_after_s: float = SAY_AFTER_S) -
         time.sleep(min(0.2, limit_s))
 
 
-def _knock(host: str, port: int) -> str | None:
+def _trouble(host: str, port: int, waited_s: float, error: OSError) -> str:
+    reason = f"after {waited_s:.0f} s ({error.strerror or error})"
+    if isinstance(error, socket.gaierror):
+        return (
+            f"rank 0's name {host} has no address here {reason}: add it to /etc/hosts or DNS; "
+            "torchrun on one machine does without it: --local-addr=127.0.0.1"
+        )
+    return (
+        f"nobody answers at {host}:{port} {reason}: start rank 0 there, or correct MASTER_ADDR and "
+        "MASTER_PORT (--master-addr, --master-port); `pardemo doctor --nodes ...` on each node "
+        "says which"
+    )
+
+
+def _knock(host: str, port: int) -> OSError | None:
     try:
         socket.create_connection((host, port), 2).close()
     except OSError as error:
-        return str(error.strerror or error)
+        return error
     return None

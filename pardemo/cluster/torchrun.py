@@ -51,7 +51,7 @@ def command(
             f"nprocs and nnodes start at 1 and node_rank at 0, below nnodes; not nprocs={nprocs}, "
             f"nnodes={nnodes}, node_rank={node_rank}, max_restarts={max_restarts}"
         )
-    meet = ["--standalone"]
+    meet = ["--standalone", "--local-addr=127.0.0.1"]  # else its host name, which need not resolve
     if nnodes > 1:
         meet = [f"--node-rank={node_rank}", f"--master-addr={master_addr}"]
         meet += [f"--master-port={master_port}", f"--rdzv-conf=timeout={join_timeout_s}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import re
 import signal
 import socket
@@ -58,7 +59,7 @@ class Slurm:
     """munged, slurmctld and two slurmd of this user; `stop` ends them and what they started."""
 
     def __init__(self, root: Path) -> None:
-        self.root, user = root, os.environ.get("USER") or "root"
+        self.root, user = root, pwd.getpwuid(os.geteuid()).pw_name
         for name in ("munge", "sock", "state", "log", "spool.n1", "spool.n2"):
             (root / name).mkdir(mode=0o755 if name == "sock" else 0o700)
         root.chmod(0o755)
@@ -76,7 +77,14 @@ class Slurm:
         )  # fmt: skip
         self.env = {**os.environ, "SLURM_CONF": str(self.config)}
         self.processes: list[subprocess.Popen[bytes]] = []
-        where = root / "munge"
+        try:
+            self._come_up()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _come_up(self) -> None:
+        root, key, where = self.root, self.root / "munge" / "key", self.root / "munge"
         self._start(
             "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={root}/sock/s",
             f"--pid-file={where}/pid", f"--log-file={where}/log", f"--seed-file={where}/seed",

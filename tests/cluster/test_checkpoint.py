@@ -380,10 +380,9 @@ print(Checkpoints(folder).load(model, optimizer))
 
 
 def test_a_disk_that_fills_during_the_save_loses_nothing(tmp_path: Path) -> None:
-    mounted = (
-        f'mount -t tmpfs -o size=5m tmpfs {tmp_path} && exec {sys.executable} -c "$CODE" {tmp_path}'
-    )
+    mounted = 'mount -t tmpfs -o size=5m tmpfs "$0" && exec "$1" -c "$CODE" "$0"'
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted]
+    command += [str(tmp_path), sys.executable]
     environment = {**os.environ, "CODE": FULL}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=90

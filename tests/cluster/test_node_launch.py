@@ -60,7 +60,7 @@ def test_ranks_on_nodes_leave_no_temporary_file(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     addresses = lab.launch(load_with_a_worker, timeout=120)
-    assert [address.startswith(f"{tmp_path}/pd-") for address in addresses] == [True, True]
+    assert [address.startswith(f"{tmp_path}/pr-") for address in addresses] == [True, True]
     assert list(tmp_path.iterdir()) == []
 
 

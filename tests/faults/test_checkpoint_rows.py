@@ -131,10 +131,9 @@ print("full", full)
 
 @pytest.mark.timeout(150)
 def test_26_a_disk_that_fills_at_a_random_byte_loses_nothing(tmp_path: Path) -> None:
-    mounted = (
-        f'mount -t tmpfs -o size=8m tmpfs {tmp_path} && exec {sys.executable} -c "$CODE" {tmp_path}'
-    )
+    mounted = 'mount -t tmpfs -o size=8m tmpfs "$0" && exec "$1" -c "$CODE" "$0"'
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted]
+    command += [str(tmp_path), sys.executable]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "CODE": FULL}, text=True, capture_output=True,
         timeout=120,

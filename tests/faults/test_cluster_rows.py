@@ -248,6 +248,8 @@ def test_21_a_rank_says_soon_that_rank_0_does_not_answer(
     assert done.stderr.startswith(f"pardemo: nobody answers at 127.0.0.1:{port} after 1 s")
     assert "start rank 0 there, or correct MASTER_ADDR" in done.stderr
     assert done.stderr.count("\n") == 1
+    with pytest.raises(RuntimeError, match=r"nobody\.invalid has no address here .* --local-addr="):
+        knock.at("nobody.invalid", port, limit_s=0.1)
     with pytest.raises(RuntimeError, match="nobody answers"):
         knock.at("127.0.0.1", port, limit_s=0.5, say_after_s=0.1)
     assert capsys.readouterr().err.count("waiting for") == 1

@@ -284,7 +284,7 @@ NEEDS_UNSHARE = pytest.mark.skipif(
 
 def in_namespace(inside: str, *kinds: str) -> list[str]:
     """A command prefix that runs a script after the shell line `inside`, in new namespaces."""
-    shell = ["sh", "-c", f'{inside} && exec {sys.executable} "$@"', "sh"]
+    shell = ["sh", "-c", f'{inside} && exec "$0" "$@"', sys.executable]
     return ["unshare", *kinds, *shell]
 
 

@@ -94,7 +94,7 @@ def test_it_works_without_a_network(tmp_path: Path, hostname: str) -> None:
     if subprocess.run([*command, "ip link set lo up"], capture_output=True).returncode:
         pytest.skip("this system does not let a user make a network namespace")
     ran = subprocess.run(
-        [*command, f"{inside}; exec {sys.executable} {script}"],
+        [*command, f'{inside}; exec "$0" "$1"', sys.executable, script],
         capture_output=True,
         text=True,
         timeout=120,

@@ -38,8 +38,8 @@ def test_one_script_gives_the_same_values_under_both(tmp_path: Path, launcher: s
     script.write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable, str(script)]
     if launcher == "torchrun":
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [sys.executable, *torchrun, str(script)]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        command = [sys.executable, *torchrun, "--nproc-per-node", "2", str(script)]
     ran = subprocess.run(
         command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2]
     )

@@ -141,7 +141,7 @@ def test_a_value_with_shell_words_reaches_a_program_as_one_word(tmp_path: Path) 
     script = template("torchrun", Plan(program=words, gpus_per_node=0, nodes=1))
     last = script[script.index("show.py") :]
     done = subprocess.run(
-        ["bash", "-c", f"exec {sys.executable} {last}"], cwd=tmp_path, capture_output=True,
+        ["bash", "-c", f'exec "$0" {last}', sys.executable], cwd=tmp_path, capture_output=True,
         text=True,
     )  # fmt: skip
     assert json.loads(done.stdout) == evil
