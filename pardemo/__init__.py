@@ -7,9 +7,11 @@ from pardemo import machine, launch, Ranks, report     # the four names that eve
 from typing import Any
 
 from pardemo.stop import while_loading
-from pardemo.versions import demand
 
 while_loading()
+
+from pardemo.versions import demand  # noqa: E402
+
 demand("torch")
 
 from pardemo.launch import RankFailed, Ranks, RankTimeout, Results, launch, report  # noqa: E402

@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 AGAIN_S = 25.0  # clearing away takes seconds: a stop that has not ended a command by then was lost
@@ -16,7 +15,7 @@ AGAIN_S = 25.0  # clearing away takes seconds: a stop that has not ended a comma
 
 def is_command() -> bool:
     """Whether this process is `pardemo ...` or `python -m pardemo...`, asked while it starts."""
-    program = Path(sys.argv[0]).name
+    program = os.path.basename(sys.argv[0])
     return program == "pardemo" or (program == "-m" and "pardemo" in " ".join(sys.orig_argv))
 
 
