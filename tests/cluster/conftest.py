@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -46,6 +47,13 @@ def slurm(
 ) -> Iterator[Slurm]:
     for tool in ("sbatch", "slurmctld", "slurmd", "munged"):
         need(tool, "slurm-wlm munge")
+    name = socket.gethostname()
+    try:
+        socket.gethostbyname(name)
+    except OSError as error:
+        pytest.skip(
+            f"Slurm needs an address for this host's name: add {name} to /etc/hosts ({error})"
+        )
     os.environ["USER"] = pwd.getpwuid(os.geteuid()).pw_name
     running = Slurm(tmp_path_factory.mktemp("slurm"))
     yield running

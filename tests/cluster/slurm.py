@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
 import re
 import signal
 import socket
@@ -59,7 +58,7 @@ class Slurm:
     """munged, slurmctld and two slurmd of this user; `stop` ends them and what they started."""
 
     def __init__(self, root: Path) -> None:
-        self.root, user = root, pwd.getpwuid(os.geteuid()).pw_name
+        self.root, user = root, os.environ.get("USER") or "root"
         for name in ("munge", "sock", "state", "log", "spool.n1", "spool.n2"):
             (root / name).mkdir(mode=0o755 if name == "sock" else 0o700)
         root.chmod(0o755)

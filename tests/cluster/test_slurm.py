@@ -95,8 +95,11 @@ def test_a_drained_node_is_waited_for_and_the_doctor_names_it(slurm: Slurm, tmp_
 SLOW = ["--pause-s", "0.2", "--save-every", "4000"]  # only the signal makes it save
 
 
+@pytest.mark.parametrize(
+    "turn", [1, 2, 3, *(pytest.param(n, marks=pytest.mark.soak) for n in range(4, 21))]
+)
 def test_a_job_told_of_its_time_limit_saves_and_comes_back_and_cancelled_leaves_no_process(
-    slurm: Slurm, tmp_path: Path
+    slurm: Slurm, tmp_path: Path, turn: int
 ) -> None:
     words = ["-m", "pardemo.cluster", "run", "--folder", str(tmp_path), "--steps", "4000"]
     job = submit(slurm, tmp_path, *words, *SLOW)

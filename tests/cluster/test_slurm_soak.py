@@ -14,6 +14,7 @@ from tests.cluster.slurm import Slurm
 from tests.cluster.test_slurm import gone, submit, until
 
 STEPS = 60
+SEEDS = [*range(3), *(pytest.param(n, marks=pytest.mark.soak) for n in range(3, 20))]
 
 
 def started(slurm: Slurm, folder: Path, chance: random.Random) -> tuple[str, int]:
@@ -37,9 +38,8 @@ def went_on(slurm: Slurm, folder: Path, job: str, step: int) -> bool:
     return output.count(f"step {STEPS} loss") == 1
 
 
-@pytest.mark.soak
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_job_whose_node_dies_comes_back_and_goes_on(
     slurm: Slurm, tmp_path: Path, seed: int
 ) -> None:
@@ -73,9 +73,8 @@ def processes(slurm: Slurm) -> dict[str, psutil.Process]:
     return found
 
 
-@pytest.mark.soak
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_job_of_which_a_process_is_killed_fails_and_goes_on_when_submitted_again(
     slurm: Slurm, tmp_path: Path, seed: int
 ) -> None:

@@ -83,7 +83,7 @@ def family_of(note: Path) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.twenty
+@pytest.mark.twenty(3)
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("end", ["killed", "stopped", "endless"])
 def test_a_kernel_that_dies_or_hangs_fails_its_case_and_leaves_nothing(
@@ -159,7 +159,7 @@ def test_when_the_runner_is_killed_kernel_and_grandchildren_go(
         hit(folder, tmp_path, number, ignored=time_ > 0)
 
 
-@pytest.mark.twenty
+@pytest.mark.twenty(3)
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
 def test_a_runner_that_is_stopped_clears_away(
