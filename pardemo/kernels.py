@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 KEEPER_S = 15.0  # for keeper.py to end a kernel and all below it
+
+
+def homes(folder: Path) -> dict[str, str]:
+    """Variables that keep in `folder` what IPython writes, and matplotlib where the home may not be
+    written: there each would make a temporary folder of its own, with a warning, and leave it."""
+    found = {"IPYTHONDIR": str(folder / "ipython")}
+    if not os.access(os.path.expanduser("~"), os.W_OK):
+        found["MPLCONFIGDIR"] = str(folder / "matplotlib")
+    return {name: path for name, path in found.items() if name not in os.environ}
+
+
+@contextlib.contextmanager
+def at_home_in(folder: Path) -> Iterator[None]:
+    """For the time of a with block, this process and its kernels have `homes(folder)`."""
+    added = homes(folder)
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def kept(folder: Path) -> Any:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from . import scratch
+from .kernels import homes
 from .notebooks import ROOT
 from .parameters import Refused
 from .versions import misfit
@@ -52,7 +53,8 @@ def environment(folder: Path) -> dict[str, str]:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values))
     paths = {"IPYTHONDIR": folder / "ipython", "JUPYTERLAB_SETTINGS_DIR": settings}
-    return {**os.environ, **{key: str(value) for key, value in paths.items()}}
+    own = {key: str(value) for key, value in paths.items()}
+    return {**os.environ, **homes(folder), **own}
 
 
 def _end_with_parent() -> None:

@@ -16,7 +16,11 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from pardemo import notebooks
 
 from .harness import ROOT
 
@@ -55,10 +59,10 @@ INSIDE = {  # name -> what a shell does before the program, as root of namespace
 
 
 def run(
-    folder: Path, before: str, *, user: int = 0, network: bool = True
+    folder: Path, before: str, *, user: int = 0, network: bool = True, source: str = WORK
 ) -> subprocess.CompletedProcess[str]:
     """Run the work in `folder`, in namespaces of its own, after the shell's `before`."""
-    (folder / "work.py").write_text(textwrap.dedent(WORK))
+    (folder / "work.py").write_text(textwrap.dedent(source))
     (folder / "home").mkdir()
     (folder / "hosts").write_text("127.0.0.1 localhost\n")
     mapped = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
@@ -96,6 +100,27 @@ def test_the_tests_themselves_raise_a_low_limit_or_say_what_they_need() -> None:
     assert done.returncode == 2
     assert "the tests need 256 open files at a time, and 64 are allowed" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_notebook_leaves_nothing_where_the_home_cannot_be_written(tmp_path: Path) -> None:
+    """IPython and matplotlib make temporary folders there, warn of them, and leave them: seen as
+    `tmp*` without `kernels.homes`."""
+    (tmp_path / "tmp").mkdir()
+    cell = "import os, signal, matplotlib.pyplot\nos.kill(os.getpid(), signal.SIGKILL)"
+    book = new_notebook(cells=[new_code_cell(cell)])
+    book.metadata["kernelspec"] = dict(notebooks.KERNEL)
+    nbformat.write(book, tmp_path / "book.ipynb")
+    source = (
+        "import pathlib\nfrom pardemo import notebooks\n"
+        "try: notebooks.execute(pathlib.Path('book.ipynb').resolve())\n"
+        "except notebooks.NotebookFailed as error: print(error)\n"
+        "print('it works')\n"
+    )
+    done = run(tmp_path, f"{INSIDE['a read-only home']} TMPDIR=$PWD/tmp", source=source)
+    assert "its kernel died" in done.stdout, done.stderr
+    assert "not a writable location" not in done.stderr
+    left = [p.name for p in (tmp_path / "tmp").iterdir() if not p.name.startswith("torchinductor")]
+    assert left == []
 
 
 @pytest.fixture
