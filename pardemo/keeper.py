@@ -18,6 +18,7 @@ import time
 from typing import NoReturn
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PF_EXITING = 0x4  # among a process's flags; linux/sched.h
 END_S = 10.0
 
 
@@ -42,7 +43,7 @@ def main(folder: str, command: list[str]) -> int:
                 return code if code >= 0 else 128 - code
     finally:
         end_children()
-        if runner and os.getppid() != int(runner):
+        if runner and has_ended(int(runner)):
             shutil.rmtree(folder, ignore_errors=True)  # nobody else does
 
 
@@ -70,14 +71,25 @@ def children() -> list[int]:
     """The processes whose parent this one is."""
     found = []
     for name in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
-                fields = file.read().rsplit(")", 1)[1].split()
-        except OSError:
-            continue  # ended meanwhile
-        if int(fields[1]) == os.getpid():
+        fields = status(name)
+        if fields and int(fields[1]) == os.getpid():
             found.append(int(name))
     return found
+
+
+def has_ended(runner: int) -> bool:
+    """Whether the runner is gone or going: its threads end one by one, and the first one tells."""
+    fields = status(str(runner))
+    return os.getppid() != runner or not fields or bool(int(fields[6]) & PF_EXITING)
+
+
+def status(pid: str) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; none of a process that has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rsplit(")", 1)[1].split()
+    except OSError:
+        return []
 
 
 if __name__ == "__main__":

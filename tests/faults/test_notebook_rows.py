@@ -135,14 +135,14 @@ def hit(folder: Path, tmp_path: Path, number: signal.Signals, ignored: bool = Fa
     before = path.read_bytes()
     with nothing_left(tmp_path, within_s=2 * GONE_S) as temporary:
         runner = Program(temporary, RUNNER, str(notebooks.ROOT), sigint_ignored=ignored)
-        there = family_of(note)
+        there = [*family_of(note), *runner.family()]  # the keeper too
         runner.send(number)
         assert runner.end() == ENDS[number], runner.err
         assert gone_within(there, GONE_S) == []
         assert number == signal.SIGKILL or runner.err.endswith("stopped\n"), runner.err
         assert "died" not in runner.err, "its kernel was ended, as it should be"
         left = {entry for entry in temporary.iterdir() if entry != runner.folder}
-        assert not left or number == signal.SIGKILL  # who is killed cannot clear away
+        assert left == set(), "the keeper clears away what a killed runner cannot"
         clear(temporary)
     assert path.read_bytes() == before, "the notebook is as it was"
 
