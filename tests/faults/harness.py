@@ -168,6 +168,9 @@ def nothing_left(tmp_path: Path, within_s: float = SETTLE_S) -> Iterator[Path]:
         left = _settle(before, folder, old, within_s)
         healthy()
         assert left == {}, f"left behind: {left}"
+    except BaseException:
+        _kill_new(old)  # what the fault has started must not disturb the tests that follow
+        raise
     finally:
         tempfile.tempdir = kept
         os.environ.pop("TMPDIR")
@@ -189,11 +192,15 @@ def _settle(before: State, folder: Path, old: Sequence[int], within_s: float) ->
             break
         time.sleep(_POLL_S)
     if "processes" in left:
-        for process in family()[1:]:
-            if process.pid not in old:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
+        _kill_new(old)
     return left
+
+
+def _kill_new(old: Sequence[int]) -> None:
+    for process in family()[1:]:
+        if process.pid not in old:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
 
 class Program:

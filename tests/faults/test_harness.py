@@ -94,3 +94,20 @@ def test_a_fault_that_leaves_nothing_passes(tmp_path: Path) -> None:
         (folder / "made").unlink()
         program = Program(tmp_path, "import sys; print('ready'); sys.exit(3)")
         assert (program.end(), program.out) == (3, "ready\n")
+
+
+@pytest.mark.timeout(60)
+def test_what_a_failing_test_has_started_is_ended(tmp_path: Path) -> None:
+    family: list[psutil.Process] = []
+
+    def fail() -> None:
+        with nothing_left(tmp_path) as temporary:
+            program = Program(temporary, ORPHAN)
+            program.wait_for("ready")
+            family.extend(program.family())
+            raise AssertionError("planted")
+
+    with pytest.raises(AssertionError, match="planted"):
+        fail()
+    assert len(family) == 2
+    assert gone_within(family, 5.0) == []
