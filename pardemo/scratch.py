@@ -26,9 +26,13 @@ _locks: dict[str, int] = {}  # the descriptors that lock this process's folders
 def make(prefix: str = PREFIX) -> Path:
     """A new private folder in the system's temporary one, this process's until `remove`."""
     made = Path(tempfile.mkdtemp(prefix=_UNBORN + prefix))
-    lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    named = made.rename(made.with_name(made.name.removeprefix(_UNBORN)))
+    try:
+        lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        named = made.rename(made.with_name(made.name.removeprefix(_UNBORN)))
+    except BaseException:
+        made.rmdir()
+        raise
     _locks[str(named)] = lock
     return named
 
