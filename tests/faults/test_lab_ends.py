@@ -34,9 +34,9 @@ while True:
 
 
 def a_kernel(lab: Program, runtime: Path) -> BlockingKernelClient:
-    """A kernel of that lab, asked for as a browser does, with the token that it printed."""
+    """A kernel of that lab, asked for as a browser does, with the token that it printed, whole."""
     until = time.monotonic() + 120
-    while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/\S*token=(\w+)", lab.err)):
+    while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/\S*token=(\w{48})", lab.err)):
         assert lab.process.poll() is None, lab.err
         assert time.monotonic() < until, lab.err
         time.sleep(0.1)
