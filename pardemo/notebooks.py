@@ -135,10 +135,11 @@ def execute(
                 f"the cell begins with {_first_line(error.source)!r}"
             ) from error
         except Exception as error:
-            if type(error).__name__ not in ("DeadKernelError", "CellTimeoutError"):
+            dead = "Dead" in type(error).__name__ or "Kernel died" in str(error)  # as it started
+            if not dead and type(error).__name__ != "CellTimeoutError":
                 raise
             cell = _running(target)
-            what = "its kernel died" if "Dead" in type(error).__name__ else "it took too long"
+            what = "its kernel died" if dead else "it took too long"
             raise NotebookFailed(
                 f"{path.name}{cell}: {what} ({_first_line(_plain(str(error)))})"
             ) from error
