@@ -27,6 +27,7 @@ from pardemo.launch import leftovers
 from pardemo.records import lock
 
 from .harness import Program, gone_within, nothing_left
+from .test_notebook_rows import clear
 
 pytestmark = pytest.mark.timeout(400)
 PARDEMO = (sys.executable, "-m", "pardemo")
@@ -160,14 +161,7 @@ def clear_away(temporary: Path, program: Program, number: int, subject: Subject)
         scratch.sweep()
         leftovers.sweep()
     assert left_in(temporary, program) == []
-    for entry in temporary.iterdir():
-        _remove(entry)
-
-
-def _remove(path: Path) -> None:
-    for entry in path.iterdir() if path.is_dir() and not path.is_symlink() else ():
-        _remove(entry)
-    path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    clear(temporary)
 
 
 @pytest.mark.twenty
