@@ -6,14 +6,14 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
 
-from . import explore, notebooks, page, records, strategies, workloads
+from . import explore, kernels, notebooks, page, records, strategies, workloads
 from .cluster import cells, world
 from .machine import machine
 from .parameters import Refused, nearest, shown
@@ -53,7 +53,13 @@ def _run(cases: Sequence[Case], results: Path, sweep: Sweep | None) -> int:
         raise records.Busy(f"{held}; wait for it to end, or stop it")
     card = machine().card()
     print(card, flush=True)
-    store = records.open(results / "pardemo.sqlite")
+    with closing(records.open(results / "pardemo.sqlite")) as store:
+        return _recorded(cases, results, sweep, store, card)
+
+
+def _recorded(
+    cases: Sequence[Case], results: Path, sweep: Sweep | None, store: records.Store, card: str
+) -> int:
     name = "sweep" if sweep else "bench"
     config = sweep.config if sweep else {"cases": [case.name for case in cases]}
     session = store.resume(name, config) if sweep else None
@@ -105,7 +111,7 @@ def _one(case: Case, output: Path, results: Path) -> NotebookNode:
     if "results" in known:
         given.setdefault("results", str((results / "pardemo.sqlite").resolve()))
     try:
-        with _importable(Path.cwd()):
+        with kernels.variables(_importable(Path.cwd())):
             if world.driving():  # a kernel would be no rank of torchrun's
                 return cells.execute(path, output, world.counts(known) | given)
             return notebooks.execute(path, output, given)
@@ -114,18 +120,10 @@ def _one(case: Case, output: Path, results: Path) -> NotebookNode:
             output.chmod(0o600)
 
 
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Let the kernel, and the ranks it starts, import modules of `folder`: -p model mine:make."""
+def _importable(folder: Path) -> dict[str, str]:
+    """Variables with which a kernel and its ranks import modules of `folder`: -p model mine:make"""
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *([before] if before else [])])
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), before]))}
 
 
 def _file(folder: Path, number: int, case: Case) -> Path:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,23 @@ def homes(folder: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def at_home_in(folder: Path) -> Iterator[None]:
     """For the time of a with block, this process and its kernels have `homes(folder)`."""
-    added = homes(folder)
-    os.environ.update(added)
+    with variables(homes(folder)):
+        yield
+
+
+@contextlib.contextmanager
+def variables(values: Mapping[str, str]) -> Iterator[None]:
+    """For the time of a with block, this process and what it starts have these variables."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def kept(folder: Path) -> Any:

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -23,13 +24,19 @@ _UNBORN = "new-"  # before a folder's name: made, and not locked yet
 _locks: dict[str, int] = {}  # the descriptors that lock this process's folders
 
 
-def make(prefix: str = PREFIX) -> Path:
-    """A new private folder in the system's temporary one, this process's until `remove`."""
-    made = Path(tempfile.mkdtemp(prefix=_UNBORN + prefix))
+def name(prefix: str = PREFIX) -> Path:
+    """A path in the temporary folder where nothing is yet, for `make`, here or elsewhere."""
+    return Path(tempfile.gettempdir(), prefix + secrets.token_hex(4))
+
+
+def make(named: Path | None = None) -> Path:
+    """A new private folder at `named` (by default a new `name()`), locked until `remove`."""
+    named = named or name()
+    made = Path(tempfile.mkdtemp(prefix=_UNBORN + named.name, dir=named.parent))
     try:
         lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        named = made.rename(made.with_name(made.name.removeprefix(_UNBORN)))
+        made.rename(named)
     except BaseException:
         made.rmdir()
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from pardemo.cluster.cli import add_parsers
@@ -17,6 +18,9 @@ def main() -> int:
     arguments = top.parse_args()
     try:
         return int(arguments.run(arguments) or 0)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (Refused, RuntimeError, OSError) as error:
         print(f"pardemo: {error}", file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1

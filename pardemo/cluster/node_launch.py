@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,9 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pardemo.launch import family
+from pardemo.launch import family, leftovers
 from pardemo.launch.api import Ranks
-from pardemo.launch.leftovers import temporary_folder
 from pardemo.launch.results import Results
 from pardemo.launch.servers import Started, open_ends
 from pardemo.parameters import Refused
@@ -92,18 +90,18 @@ def start(nodes: Nodes, nprocs: int) -> Started:
     """Start one rank process per rank, each inside its node."""
     ends, theirs = open_ends(nprocs)
     path = os.pathsep.join(filter(None, [PACKAGE, os.environ.get("PYTHONPATH")]))
-    per_node, folder = nprocs // len(nodes), temporary_folder()
+    per_node, folders = nprocs // len(nodes), leftovers.name_folders(nprocs)
     processes: list[subprocess.Popen[Any]] = []
     try:
         for rank, fds in enumerate(theirs):
-            argv = [sys.executable, "-c", RANK, folder, str(rank), *map(str, fds)]
+            argv = [sys.executable, "-c", RANK, folders[rank], str(rank), *map(str, fds)]
             how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "start_new_session": True}
             where = rank // per_node
             processes.append(nodes.popen(where, argv, {"PYTHONPATH": path}, pass_fds=fds, **how))
     except BaseException:
         for process in processes:
             family.kill(process.pid)
-        shutil.rmtree(folder, ignore_errors=True)
+        leftovers.clear(*folders)
         raise
     finally:
         for fd in (fd for row in theirs for fd in row):
@@ -122,7 +120,7 @@ def start(nodes: Nodes, nprocs: int) -> Started:
     def release() -> None:
         for process in processes:
             process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+        leftovers.clear(*folders)
         for fd in (*watched, quiet, unused):
             os.close(fd)
 

@@ -23,14 +23,22 @@ _REMOVE = {"shared_memory": _posixshmem.shm_unlink, "semaphore": sem_unlink}
 _TORCHS = Path("/dev/shm")  # where torch's sharing strategy "file_system" keeps tensors
 
 
-def temporary_folder() -> str:
-    """Where multiprocessing in the ranks keeps its sockets: a killed rank leaves them behind, so
-    whoever outlives the group removes the folder; where nobody has, the next process does. Empty
-    where none can be made. Its name is shorter than multiprocessing's own: a socket's path may
-    have 107 characters."""
+def name_folders(nprocs: int) -> list[str]:
+    """For each rank a folder where multiprocessing keeps its sockets, to be made by the rank: who
+    starts ranks may be killed before they look. A killed rank leaves it behind, so whoever outlives
+    the group removes it; where nobody has, the next process does. Its name is shorter than
+    multiprocessing's own: a socket's path may have 107 characters."""
     with contextlib.suppress(OSError):
         _sweep_once()
-        return str(scratch.make(_PREFIX))
+        return [str(scratch.name(_PREFIX)) for _ in range(nprocs)]
+    return [""] * nprocs  # no temporary folder in this system
+
+
+def make_folder(named: str) -> str:
+    """Make the folder of that name; "" where it cannot be made."""
+    if named:
+        with contextlib.suppress(OSError):
+            return str(scratch.make(Path(named)))
     return ""
 
 
@@ -74,10 +82,13 @@ def note(folder: str) -> None:
     add("process", os.getpid())
 
 
-def clear(folder: str) -> None:
-    """Remove what was noted in `folder` and was not removed since, then the folder; "" is none."""
-    if not folder:
-        return
+def clear(*folders: str) -> None:
+    """Remove what was noted in each folder and was not removed since, then it; "" is none."""
+    for folder in filter(None, folders):
+        _clear(folder)
+
+
+def _clear(folder: str) -> None:
     made: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
         for line in Path(folder, _NOTES).read_text().splitlines():

@@ -34,18 +34,19 @@ def main(
 ) -> None:
     """Run as rank `rank` on the given descriptors; never returns.
 
-    `folder` takes what multiprocessing keeps on disk, here and in this rank's own children.
+    `folder`, made here, takes what multiprocessing keeps on disk, also in this rank's children.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the kernel stops ranks itself
     family.adopt_orphans()
     _redirect(out_fd, err_fd)
     faulthandler.enable(file=stacks_fd, all_threads=True)  # a signal may reach any thread
     faulthandler.register(signal.SIGUSR1, file=stacks_fd, all_threads=True)
-    if folder:
+    if folder := leftovers.make_folder(folder):
         config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
         config["tempdir"] = folder
         leftovers.note(folder)
     Rank(rank, socket.socket(fileno=control_fd), folder).serve()
+    leftovers.clear(folder)  # the kernel does too, unless it is killed now
     os._exit(0)
 
 

@@ -142,10 +142,10 @@ class ForkServer:
         """Fork `nprocs` ranks."""
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ends, theirs = open_ends(nprocs)
-        folder = leftovers.temporary_folder()
+        folders = leftovers.name_folders(nprocs)
         socket.send_fds(self.sock, [b"group"], [there.fileno()])
         there.close()
-        for rank, fds in enumerate(theirs):
+        for rank, (fds, folder) in enumerate(zip(theirs, folders, strict=True)):
             request = json.dumps({"fork": rank, "folder": folder})
             socket.send_fds(here, [request.encode()], fds)
             for fd in fds:
@@ -155,7 +155,7 @@ class ForkServer:
 
         def release() -> None:
             here.close()
-            leftovers.clear(folder)
+            leftovers.clear(*folders)
 
         return Started(ends, watched, functools.partial(_end, here), release)
 

@@ -22,9 +22,9 @@ def spawn(nprocs: int) -> Started:
     """Start `nprocs` ranks."""
     ends, theirs = open_ends(nprocs)
     connections = [[mpc.Connection(fd) for fd in fds] for fds in theirs]
-    folder = leftovers.temporary_folder()
+    folders = leftovers.name_folders(nprocs)
     with _main_hidden(), _ended_with_this_process():
-        arguments = (connections, os.getpid(), folder)
+        arguments = (connections, os.getpid(), folders)
         context = mp.spawn(_spawned, args=arguments, nprocs=nprocs, join=False)
     for connection in (c for row in connections for c in row):
         connection.close()
@@ -48,7 +48,7 @@ def spawn(nprocs: int) -> Started:
             if end != process.sentinel:
                 os.close(end)
             process.close()
-        leftovers.clear(folder)
+        leftovers.clear(*folders)
 
     watched = [family.death_of(process) for process in processes]
     readings: dict[int, Reading] = {
@@ -90,7 +90,7 @@ def _ended_with_this_process() -> Iterator[None]:
         spawning.get_command_line = usual
 
 
-def _spawned(rank: int, connections: list[list[Any]], kernel: int, folder: str) -> None:
+def _spawned(rank: int, connections: list[list[Any]], kernel: int, folders: list[str]) -> None:
     """What torch.multiprocessing.spawn runs in each new process."""
     os.setpgid(0, 0)
     family.end_with_parent(False)  # from here on its connections say when the kernel has ended
@@ -103,4 +103,4 @@ def _spawned(rank: int, connections: list[list[Any]], kernel: int, folder: str) 
             connection.close()
     if os.getppid() != kernel:
         os._exit(1)
-    rank_module.main(rank, *fds, folder=folder)
+    rank_module.main(rank, *fds, folder=folders[rank])

@@ -51,7 +51,7 @@ class Group:
     """The ranks forked for one group, and the socket whose end means: kill them."""
 
     sock: socket.socket
-    folder: str = ""
+    folders: dict[int, str] = field(default_factory=dict)  # by rank, what it keeps on disk
     processes: dict[int, Any] = field(default_factory=dict)
 
 
@@ -104,7 +104,7 @@ class ForkServer:
             self.end(group)
             return
         request = json.loads(data)
-        group.folder = request["folder"]
+        group.folders[request["fork"]] = request["folder"]
         self._fork(group, request["fork"], fds)
 
     def _fork(self, group: Group, rank: int, fds: list[int]) -> None:
@@ -124,7 +124,7 @@ class ForkServer:
 
     def _start(self, group: Group, rank: int, fds: list[int]) -> None:
         process: Any = mp.get_context("fork").Process(
-            target=self._child, args=(os.getpid(), rank, fds, group.folder)
+            target=self._child, args=(os.getpid(), rank, fds, group.folders[rank])
         )
         process.start()
         with contextlib.suppress(OSError):  # the rank does it too: whoever is first
@@ -169,7 +169,7 @@ class ForkServer:
         for process in group.processes.values():
             process.join()
         self._bury(group, list(group.processes))
-        leftovers.clear(group.folder)
+        leftovers.clear(*group.folders.values())
         del self.groups[group.sock.fileno()]
         group.sock.close()
 

@@ -13,6 +13,7 @@ import ctypes
 import getpass
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,12 @@ def healthy() -> None:
         return value.sum().item()
 
     assert list(launch(total, nprocs=2, echo=False)) == [9.0, 9.0]
+
+
+def clear(folder: Path) -> None:
+    """Empty a folder."""
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 @dataclass(frozen=True)

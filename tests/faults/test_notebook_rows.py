@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from pardemo.notebooks import NotebookFailed
 from pardemo.parameters import Refused
 from pardemo.records import lock
 
-from .harness import Program, gone_within, nothing_left
+from .harness import Program, clear, gone_within, nothing_left
 
 GONE_S = 5.0
 MARK = str(os.getpid())
@@ -105,6 +104,32 @@ def test_a_kernel_that_dies_or_hangs_fails_its_case_and_leaves_nothing(
         assert gone_within(sleepers(), GONE_S) == []
 
 
+DIES_AS_IT_STARTS = """
+import os, sys
+if "ipykernel_launcher" in sys.orig_argv:
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_kernel_that_dies_while_it_starts_fails_its_case_and_the_next_one_runs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "lock_path", lambda: tmp_path / "own" / "timing.lock")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sitecustomize.py").write_text(DIES_AS_IT_STARTS)
+    path = write(folder, "print(1)")
+    notebooks.execute(path)  # the first one keeps an event loop for the next
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    with nothing_left(tmp_path):
+        cases = [sweep.checked(path.stem, {"steps": steps}) for steps in (1, 2)]
+        assert bench.run(cases, tmp_path / "results") == 1
+    store = records.open(tmp_path / "results" / "pardemo.sqlite")
+    ended = store.cases(store.find("last").id)
+    assert [case.status for case in ended] == ["failed", "failed"]
+    assert all("its kernel died" in case.values["error"] for case in ended)
+    store.close()
+
+
 @pytest.mark.twenty
 @pytest.mark.timeout(180)
 def test_a_killed_kernel_is_recorded_as_failed(
@@ -119,12 +144,6 @@ def test_a_killed_kernel_is_recorded_as_failed(
     (case,) = store.cases(store.find("last").id)
     assert (case.status, "its kernel died" in case.values["error"]) == ("failed", True)
     store.close()
-
-
-def clear(folder: Path) -> None:
-    """Empty a folder."""
-    for entry in folder.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def hit(folder: Path, tmp_path: Path, number: signal.Signals, ignored: bool = False) -> None:
