@@ -13,13 +13,22 @@ from typing import Any
 KEEPER_S = 15.0  # for keeper.py to end a kernel and all below it
 
 
+NO_HOME = {
+    "MPLCONFIGDIR": "matplotlib",
+    "JUPYTER_CONFIG_DIR": "jupyter",
+    "JUPYTER_DATA_DIR": "data",
+    "JUPYTER_RUNTIME_DIR": "runtime",
+}
+
+
 def homes(folder: Path) -> dict[str, str]:
-    """Variables that keep in `folder` what IPython writes, and matplotlib where the home may not be
-    written: there each would make a temporary folder of its own, with a warning, and leave it."""
-    found = {"IPYTHONDIR": str(folder / "ipython")}
+    """Variables that keep in `folder` what IPython writes, and where the home may not be written
+    also what matplotlib and Jupyter do: matplotlib would make a temporary folder of its own, with a
+    warning, and leave it; JupyterLab would not start."""
+    wanted = {"IPYTHONDIR": "ipython"}
     if not os.access(os.path.expanduser("~"), os.W_OK):
-        found["MPLCONFIGDIR"] = str(folder / "matplotlib")
-    return {name: path for name, path in found.items() if name not in os.environ}
+        wanted |= NO_HOME
+    return {name: str(folder / sub) for name, sub in wanted.items() if name not in os.environ}
 
 
 @contextlib.contextmanager

@@ -123,6 +123,30 @@ def test_a_notebook_leaves_nothing_where_the_home_cannot_be_written(tmp_path: Pa
     assert left == []
 
 
+def test_the_lab_opens_where_the_home_cannot_be_written(tmp_path: Path) -> None:
+    """Jupyter wants a folder there before it does anything: seen to fail without `kernels.homes`"""
+    (tmp_path / "tmp").mkdir()
+    source = """
+        import os, re, signal, subprocess, sys, time
+        words = [sys.executable, "-m", "pardemo", "lab", "--no-browser"]
+        with open("said", "w") as said:
+            lab = subprocess.Popen(words, stdout=said, stderr=said)
+        found, until = None, time.monotonic() + 100
+        while lab.poll() is None and not found and time.monotonic() < until:
+            time.sleep(0.2)
+            found = re.search("http://127.0.0.1:[0-9]+/lab", open("said").read())
+        lab.send_signal(signal.SIGTERM)
+        lab.wait()
+        print(open("said").read())
+        print("it works" if found else "no address")
+    """
+    before = INSIDE["a read-only home"]
+    done = run(tmp_path, f"{before} TMPDIR=$PWD/tmp", source=source)
+    assert done.stdout.endswith("it works\n"), done.stdout + done.stderr
+    left = [p.name for p in (tmp_path / "tmp").iterdir() if not p.name.startswith("torchinductor")]
+    assert left == []
+
+
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
     """A folder that any user can reach, with a name that is awkward in every way."""
