@@ -1,9 +1,9 @@
 """Between a runner and its kernel, so that nothing a notebook started outlives either of them.
 
 `python keeper.py FOLDER COMMAND...` runs the kernel and adopts every orphan below it (child
-subreaper). When the kernel ends, however it ends, all that is left is killed; when the runner ends,
-killed or not, the kernel is killed too, and FOLDER, the runner's temporary one, is removed. Run by
-its path, so that it starts without importing torch.
+subreaper). When the kernel ends, however it ends, what does not end by itself soon is killed; when
+the runner ends, killed or not, the kernel is killed too, and FOLDER, the runner's temporary one, is
+removed. Run by its path, so that it starts without importing torch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import NoReturn
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 PF_EXITING = 0x4  # among a process's flags; linux/sched.h
 END_S = 10.0
+GRACE_S = 1.5  # for a fork server to end its ranks, and remove what they leave on disk
 
 
 def main(folder: str, command: list[str]) -> int:
@@ -28,7 +29,7 @@ def main(folder: str, command: list[str]) -> int:
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, lambda *_: None)  # an interrupt is for the kernel, beside us
-    runner = os.environ.get("JPY_PARENT_PID", "")
+    runner, kernel = os.environ.get("JPY_PARENT_PID", ""), None
     try:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if runner and os.getppid() != int(runner):
@@ -42,6 +43,8 @@ def main(folder: str, command: list[str]) -> int:
                 code = os.waitstatus_to_exitcode(status)
                 return code if code >= 0 else 128 - code
     finally:
+        if kernel is not None:
+            kernel.kill()
         end_children()
         if runner and has_ended(int(runner)):
             shutil.rmtree(folder, ignore_errors=True)  # nobody else does
@@ -54,10 +57,10 @@ def _leave(*_: object) -> NoReturn:
 
 
 def end_children() -> None:
-    """Kill every child, and theirs as they come to us, until there is none."""
-    until = time.monotonic() + END_S
-    while time.monotonic() < until:
-        for pid in children():
+    """Wait for every child, and theirs as they come to us, until there is none; then kill them."""
+    began = time.monotonic()
+    while (passed_s := time.monotonic() - began) < END_S:
+        for pid in children() if passed_s > GRACE_S else ():
             os.kill(pid, signal.SIGKILL)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:

@@ -104,6 +104,33 @@ def test_a_kernel_that_dies_or_hangs_fails_its_case_and_leaves_nothing(
         assert gone_within(sleepers(), GONE_S) == []
 
 
+RANKS = """
+import os, signal, time
+from multiprocessing import shared_memory
+from pardemo import Ranks
+kept = []
+def share():
+    kept.append(shared_memory.SharedMemory(create=True, size=64))
+ranks = Ranks(2).__enter__()
+ranks(share)
+"""
+
+
+@pytest.mark.twenty(3)
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(600)"])
+def test_ranks_of_a_kernel_that_is_killed_leave_nothing(
+    folder: Path, tmp_path: Path, end: str
+) -> None:
+    """No folder, no shared memory: their fork server has time to remove it. Seen to fail when the
+    keeper kills it at once."""
+    notebooks.execute(write(folder, "print(1)"))  # the first one keeps an event loop for the next
+    path = write(folder, RANKS, end)
+    said = "took too long" if "sleep" in end else "its kernel died"
+    with nothing_left(tmp_path), pytest.raises(NotebookFailed, match=said):
+        notebooks.execute(path, timeout_s=20)
+
+
 DIES_AS_IT_STARTS = """
 import os, sys
 if "ipykernel_launcher" in sys.orig_argv:
