@@ -71,9 +71,8 @@ def save_for_ever(folder: str, how: str, victim: int, after_s: float) -> None:
         model.weight.data.fill_(-7)  # training goes on while an asynchronous save is written
         checkpoints.wait()
         if dist.get_rank() == 0:
-            with open(
-                Path(folder, "acknowledged"), "a"
-            ) as told:  # a file written anew may be empty
+            # appended: a file that is written anew may be found empty
+            with open(Path(folder, "acknowledged"), "a") as told:
                 told.write(f"{step}\n")
 
 
