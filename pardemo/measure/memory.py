@@ -62,7 +62,8 @@ def weigh(
     """Run `step` once on this rank and weigh what it keeps (call it on every rank).
 
     Warm up first: optimizers make their state in their first step. `model` names the parameters
-    and buffers; without it the parameters are those of the optimizers that step. On GPUs
+    and buffers; without it the parameters are those of the optimizers that step. The peak is at
+    times one transfer's buffer larger, where a thread of gloo's lets go of it late. On GPUs
     `snapshot` is a path for torch's allocator history (open it at pytorch.org/memory_viz).
     """
     with _Scale(model) as scale:

@@ -199,7 +199,8 @@ def test_fsdp_that_keeps_parameters_until_the_backward_pass_holds_all_its_units(
         )
         batch = work.make_batch(8, 0, 0)
         step.step(batch)
-        return weigh(lambda: step.step(batch), step.model).peak_bytes
+        # the least of three: a thread of gloo's may let go of a finished transfer's buffer late
+        return min(weigh(lambda: step.step(batch), step.model).peak_bytes for _ in range(3))
 
     block = sum(p.numel() for p in GPT(config).blocks[0].parameters()) * 4
     assert list(ranks2(peak, False)) == [size + 4 * block for size in ranks2(peak, True)]
