@@ -57,7 +57,7 @@ def _leave(*_: object) -> NoReturn:
 
 
 def end_children() -> None:
-    """Wait for every child, and theirs as they come to us, until there is none; then kill them."""
+    """Wait until no child is left, nor theirs that come to us; after GRACE_S kill what there is."""
     began = time.monotonic()
     while (passed_s := time.monotonic() - began) < END_S:
         for pid in children() if passed_s > GRACE_S else ():
