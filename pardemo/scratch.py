@@ -20,7 +20,6 @@ from pathlib import Path
 
 PREFIX = "pardemo-tmp-"
 NAME = re.compile(r"(pardemo-tmp|pr)-\w{8}")
-_UNBORN = "new-"  # before a folder's name: made, and not locked yet
 _locks: dict[str, int] = {}  # the descriptors that lock this process's folders
 
 
@@ -31,17 +30,35 @@ def name(prefix: str = PREFIX) -> Path:
 
 def make(named: Path | None = None) -> Path:
     """A new private folder at `named` (by default a new `name()`), locked until `remove`."""
-    named = named or name()
-    made = Path(tempfile.mkdtemp(prefix=_UNBORN + named.name, dir=named.parent))
-    try:
-        lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        made.rename(named)
-    except BaseException:
-        made.rmdir()
-        raise
+    named, lock = named or name(), None
+    while lock is None:
+        named.mkdir(mode=0o700)
+        try:
+            lock = _locked(named)
+        except BaseException:
+            named.rmdir()
+            raise
     _locks[str(named)] = lock
     return named
+
+
+def _locked(path: Path) -> int | None:
+    """Lock the folder just made; None where a sweep was quicker, and has removed it."""
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.path.samestat(os.fstat(lock), path.stat()):
+            return lock
+    except FileNotFoundError:
+        pass
+    except BaseException:
+        os.close(lock)
+        raise
+    os.close(lock)
+    return None
 
 
 def remove(path: Path) -> None:

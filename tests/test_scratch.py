@@ -3,6 +3,7 @@ lives, and nothing else is touched."""
 
 from __future__ import annotations
 
+import _posixshmem
 import os
 import signal
 import subprocess
@@ -56,6 +57,31 @@ def test_what_a_killed_owner_has_left_is_swept_and_what_a_living_one_has_is_not(
         assert list(place.iterdir()) == [made]
 
 
+SWEEPER = """
+from pardemo import scratch
+print("sweeps", flush=True)
+while True:
+    scratch.sweep()
+"""
+
+
+def test_a_folder_that_is_just_being_made_is_there_once_it_is_made(place: Path) -> None:
+    """A sweep may find it before it is locked. Seen to fail where that is not looked at again."""
+    command = [sys.executable, "-c", SWEEPER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sweeper:
+        try:
+            assert sweeper.stdout is not None
+            assert sweeper.stdout.readline() == "sweeps\n"
+            for _ in range(3000):
+                made = scratch.make()
+                (made / "file").write_text("x")
+                scratch.remove(made)
+        finally:
+            sweeper.kill()
+    scratch.sweep()
+    assert list(place.iterdir()) == []
+
+
 def test_nothing_else_is_swept(place: Path) -> None:
     target = place / "target"
     target.mkdir()
@@ -73,6 +99,21 @@ def test_nothing_else_is_swept(place: Path) -> None:
         assert scratch.sweep() == []
         os.chown(place / "pardemo-tmp-deadbeef", 0, 0)
     assert scratch.sweep() == [place / "pardemo-tmp-deadbeef"]
+
+
+def test_what_killed_ranks_have_left_is_cleared_before_the_next_group(place: Path) -> None:
+    """Their folder, and the shared memory that they noted in it; never what is still locked."""
+    living = leftovers.make_folder(*leftovers.name_folders(1))
+    memory = f"/pardemo-left-{os.getpid()}"
+    os.close(_posixshmem.shm_open(memory, os.O_CREAT | os.O_RDWR, mode=0o600))
+    (place / "pr-deadbeef").mkdir()
+    (place / "pr-deadbeef" / "notes").write_text(f"shared_memory {memory}\n")
+    leftovers._sweep_once.cache_clear()
+    leftovers.name_folders(2)
+    assert [str(path) for path in place.iterdir()] == [living]
+    assert not Path("/dev/shm", memory[1:]).exists()
+    leftovers.clear(living)
+    assert list(place.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", ".", "sub", "pr-abc", "pardemo-0"])

@@ -42,13 +42,11 @@ def make_folder(named: str) -> str:
     return ""
 
 
-def sweep() -> None:
+@functools.cache  # in a process, before its first group
+def _sweep_once() -> None:
     """Clear what groups of ranks have left that were killed with all their relatives."""
     for folder in scratch.abandoned(_PREFIX):
         clear(str(folder))
-
-
-_sweep_once = functools.cache(sweep)  # in a process, before its first group
 
 
 def note(folder: str) -> None:
