@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 KEEPER_S = 15.0  # for keeper.py to end a kernel and all below it
 
 
@@ -32,13 +34,6 @@ def homes(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def at_home_in(folder: Path) -> Iterator[None]:
-    """For the time of a with block, this process and its kernels have `homes(folder)`."""
-    with variables(homes(folder)):
-        yield
-
-
-@contextlib.contextmanager
 def variables(values: Mapping[str, str]) -> Iterator[None]:
     """For the time of a with block, this process and what it starts have these variables."""
     before = {name: os.environ.get(name) for name in values}
@@ -51,6 +46,23 @@ def variables(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def kernels_in(folder: Path) -> Iterator[None]:
+    """For the time of a with block, kernels are at home in `folder`; they are gone when it ends,
+    also one that was just starting when a stop came: without its folder it would make another."""
+    try:
+        with variables(homes(folder)):
+            yield
+    finally:
+        keepers = []
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if str(folder) in child.cmdline():
+                    child.terminate()
+                    keepers.append(child)
+        psutil.wait_procs(keepers, timeout=KEEPER_S)
 
 
 def kept(folder: Path) -> Any:

@@ -21,7 +21,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from . import scratch
-from .kernels import at_home_in, kept
+from .kernels import kept, kernels_in
 from .parameters import Parameter, Refused, infer, nearest, validate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,7 +114,7 @@ def execute(
     import papermill
 
     checked = validate(given or {}, parameters(path), path.name)
-    with scratch.folder() as temporary, at_home_in(temporary):
+    with scratch.folder() as temporary, kernels_in(temporary):
         target = output or temporary / path.name
         try:
             return papermill.execute_notebook(

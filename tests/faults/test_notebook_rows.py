@@ -20,7 +20,7 @@ from pardemo.notebooks import NotebookFailed
 from pardemo.parameters import Refused
 from pardemo.records import lock
 
-from .harness import Program, clear, gone_within, nothing_left
+from .harness import ROOT, Program, clear, gone_within, nothing_left
 
 GONE_S = 5.0
 MARK = str(os.getpid())
@@ -212,6 +212,35 @@ def test_a_runner_that_is_stopped_clears_away(
     folder: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
     hit(folder, tmp_path, signum)
+
+
+ENDS_SLOWLY = """
+import atexit, time
+atexit.register(time.sleep, 3)
+"""
+
+
+@pytest.mark.twenty(3)
+@pytest.mark.timeout(120)
+def test_a_runner_that_is_stopped_while_its_kernel_starts_leaves_nothing(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Seen to fail where the kernel is left to the runner's own end: its folder was gone before,
+    and IPython made one of its own."""
+    write(folder, "print(1)")
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "sitecustomize.py").write_text(ENDS_SLOWLY)
+    with nothing_left(tmp_path, within_s=2 * GONE_S) as temporary:
+        path = f"{tmp_path / 'slow'}:{ROOT}"
+        runner = Program(temporary, RUNNER, str(notebooks.ROOT), PYTHONPATH=path)
+        while not (kernel := [p for p in runner.family() if "ipykernel_launcher" in p.cmdline()]):
+            time.sleep(0.01)
+        runner.send(signal.SIGHUP)
+        assert runner.end() == ENDS[signal.SIGHUP], runner.err
+        assert runner.err.endswith("stopped\n"), runner.err
+        assert gone_within(kernel, GONE_S) == []
+        assert [entry for entry in temporary.iterdir() if entry != runner.folder] == []
+        clear(temporary)
 
 
 @pytest.mark.timeout(120)
