@@ -35,6 +35,7 @@ from pardemo.launch import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTLE_S = 5.0
+OFFLINE = "[c10d] The hostname of the client socket cannot be retrieved"  # torch, without a network
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.05
 _TORCHS = f"torchinductor_{getpass.getuser()}"  # torch's cache of compiled code, made on import

@@ -25,7 +25,7 @@ import pytest
 from pardemo import records, scratch
 from pardemo.records import lock
 
-from .harness import Program, clear, gone_within, nothing_left
+from .harness import OFFLINE, Program, clear, gone_within, nothing_left
 
 pytestmark = pytest.mark.timeout(400)
 PARDEMO = (sys.executable, "-m", "pardemo")
@@ -66,7 +66,6 @@ grid: {rounds: [4, 5]}
 PLAN = ("plan", "--model", "llama3-8b", "--ranks", "16")
 # what may stand in standard error of a command that was stopped
 USUAL = re.compile(r"(note: .*|\d+/\d+ .* \.\.\.|stopped(; the same sweep goes on where it was)?|)")
-OFFLINE = "[c10d] The hostname of the client socket cannot be retrieved"  # torch, without a network
 FIRST = {"__init__.py", "stop.py"}  # what Python reads of pardemo before a Ctrl-C is its own
 
 

@@ -102,6 +102,10 @@ def test_the_tests_themselves_raise_a_low_limit_or_say_what_they_need() -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def left_in(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if not p.name.startswith("torchinductor")]
+
+
 def test_a_notebook_leaves_nothing_where_the_home_cannot_be_written(tmp_path: Path) -> None:
     """IPython and matplotlib make temporary folders there, warn of them, and leave them: seen as
     `tmp*` without `kernels.homes`."""
@@ -119,8 +123,7 @@ def test_a_notebook_leaves_nothing_where_the_home_cannot_be_written(tmp_path: Pa
     done = run(tmp_path, f"{INSIDE['a read-only home']} TMPDIR=$PWD/tmp", source=source)
     assert "its kernel died" in done.stdout, done.stderr
     assert "not a writable location" not in done.stderr
-    left = [p.name for p in (tmp_path / "tmp").iterdir() if not p.name.startswith("torchinductor")]
-    assert left == []
+    assert left_in(tmp_path / "tmp") == []
 
 
 def test_the_lab_opens_where_the_home_cannot_be_written(tmp_path: Path) -> None:
@@ -143,8 +146,7 @@ def test_the_lab_opens_where_the_home_cannot_be_written(tmp_path: Path) -> None:
     before = INSIDE["a read-only home"]
     done = run(tmp_path, f"{before} TMPDIR=$PWD/tmp", source=source)
     assert done.stdout.endswith("it works\n"), done.stdout + done.stderr
-    left = [p.name for p in (tmp_path / "tmp").iterdir() if not p.name.startswith("torchinductor")]
-    assert left == []
+    assert left_in(tmp_path / "tmp") == []
 
 
 @pytest.fixture
