@@ -6,8 +6,10 @@ import contextlib
 import functools
 import multiprocessing.connection as mpc
 import os
+import signal
 import sys
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from multiprocessing import spawn as spawning
 from typing import Any
 
@@ -23,7 +25,7 @@ def spawn(nprocs: int) -> Started:
     ends, theirs = open_ends(nprocs)
     connections = [[mpc.Connection(fd) for fd in fds] for fds in theirs]
     folders = leftovers.name_folders(nprocs)
-    with _main_hidden(), _ended_with_this_process():
+    with _main_hidden(), _ended_with_this_process(), _deaf_to_ctrl_c():
         arguments = (connections, os.getpid(), folders)
         context = mp.spawn(_spawned, args=arguments, nprocs=nprocs, join=False)
     for connection in (c for row in connections for c in row):
@@ -90,8 +92,22 @@ def _ended_with_this_process() -> Iterator[None]:
         spawning.get_command_line = usual
 
 
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """What is spawned here inherits that SIGINT is blocked, from before its first line: a terminal
+    sends it to the whole group, and each would print where its import of torch was."""
+    resource_tracker.ensure_running()  # first: as it starts, it lets SIGINT through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _spawned(rank: int, connections: list[list[Any]], kernel: int, folders: list[str]) -> None:
     """What torch.multiprocessing.spawn runs in each new process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the kernel stops ranks itself
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.setpgid(0, 0)
     family.end_with_parent(False)  # from here on its connections say when the kernel has ended
     mp.set_start_method(None, force=True)  # DataLoader workers start as in any other process

@@ -436,6 +436,29 @@ def test_row_6_an_interrupt_of_the_parent(tmp_path: Path, group: bool, times: in
         assert program.out.endswith("[0, 1]\n")
 
 
+SPAWNS = """
+import torch.distributed as dist
+from pardemo import launch
+launch(dist.get_rank, nprocs=2, start="spawn")
+"""
+
+
+@pytest.mark.twenty(3)
+def test_row_6_an_interrupt_while_spawned_ranks_import_is_for_the_parent(
+    tmp_path: Path, turn: int
+) -> None:
+    """Seen to fail where they hear it too: each printed where its import of torch was."""
+    with nothing_left(tmp_path):
+        program = Program(tmp_path, SPAWNS)
+        while not any("spawn_main" in " ".join(p.cmdline()) for p in program.family()):
+            time.sleep(0.01)
+        time.sleep(0.05 * turn)
+        program.send(signal.SIGINT, group=True)
+        assert program.end() == -signal.SIGINT
+        assert program.err.count("Traceback") == 1, program.err
+        assert program.err.endswith("KeyboardInterrupt\n"), program.err
+
+
 def end_parents(tmp_path: Path, signum: int, ignored: bool, times: int) -> None:
     """Three at a time: start programs whose ranks are blocked, signal them, nobody is left."""
     for first in range(0, times, 3):
