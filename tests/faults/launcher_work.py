@@ -98,20 +98,22 @@ def start_daemon(folder: str, program: bool = False) -> None:
 
     As another program it has nothing of this one's but its environment.
     """
-    before = len(list(Path(folder).glob("daemon-*")))
+    noted, note = os.pipe()
     middle = os.fork()
     if middle == 0:
         os.setsid()
         if os.fork() == 0:
             Path(folder, f"daemon-{os.getpid()}").touch()
+            os.write(note, b"x")
             if program:
                 os.closerange(0, 1000)
                 os.execvp("sleep", ["sleep", "600"])
             time.sleep(600)
         os._exit(0)
     os.waitpid(middle, 0)
-    while len(list(Path(folder).glob("daemon-*"))) == before:
-        time.sleep(0.01)
+    assert os.read(noted, 1) == b"x"
+    os.close(noted)
+    os.close(note)
 
 
 def leaves_a_daemon(folder: str, how: str) -> None:
