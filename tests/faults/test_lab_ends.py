@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -43,9 +44,15 @@ def a_kernel(lab: Program, runtime: Path) -> BlockingKernelClient:
     port, token = found.groups()
     address = f"http://127.0.0.1:{port}/api/kernels?token={token}"
     asked = urllib.request.Request(address, method="POST", data=b'{"name": "python3"}')
-    with urllib.request.urlopen(asked, timeout=60) as answer:
-        connection = runtime / f"kernel-{json.load(answer)['id']}.json"
-    client = BlockingKernelClient(connection_file=str(connection))
+    while True:
+        try:
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                number = json.load(answer)["id"]
+                break
+        except urllib.error.URLError:  # it prints its address just before it listens
+            assert time.monotonic() < until, lab.err
+            time.sleep(0.1)
+    client = BlockingKernelClient(connection_file=str(runtime / f"kernel-{number}.json"))
     client.load_connection_file()
     client.start_channels()
     while True:
