@@ -283,6 +283,20 @@ class Program:
         top = psutil.Process(self.pid)
         return [top, *top.children(recursive=True)]
 
+    def wait_below(self, words: str, seconds: float = 120.0) -> list[psutil.Process]:
+        """Wait until something below it has these words in its command line; all that have."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            found = []
+            for process in self.family():
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    if words in " ".join(process.cmdline()):
+                        found.append(process)
+            if found:
+                return found
+            time.sleep(_POLL_S / 5)
+        raise AssertionError(f"nothing below it is {words!r}\n{self.out}\n{self.err}")
+
     def send(self, signum: int, group: bool = False) -> None:
         """Send a signal to it alone, or to its process group as a terminal's Ctrl-C does."""
         (os.killpg if group else os.kill)(self.pid, signum)

@@ -450,8 +450,7 @@ def test_row_6_an_interrupt_while_spawned_ranks_import_is_for_the_parent(
     """Seen to fail where they hear it too: each printed where its import of torch was."""
     with nothing_left(tmp_path):
         program = Program(tmp_path, SPAWNS)
-        while not any("spawn_main" in " ".join(p.cmdline()) for p in program.family()):
-            time.sleep(0.01)
+        program.wait_below("spawn_main")
         time.sleep(0.05 * turn)
         program.send(signal.SIGINT, group=True)
         assert program.end() == -signal.SIGINT

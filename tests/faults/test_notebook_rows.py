@@ -233,8 +233,7 @@ def test_a_runner_that_is_stopped_while_its_kernel_starts_leaves_nothing(
     with nothing_left(tmp_path, within_s=2 * GONE_S) as temporary:
         path = f"{tmp_path / 'slow'}:{ROOT}"
         runner = Program(temporary, RUNNER, str(notebooks.ROOT), PYTHONPATH=path)
-        while not (kernel := [p for p in runner.family() if "ipykernel_launcher" in p.cmdline()]):
-            time.sleep(0.01)
+        kernel = runner.wait_below("ipykernel_launcher")
         runner.send(signal.SIGHUP)
         assert runner.end() == ENDS[signal.SIGHUP], runner.err
         assert runner.err.endswith("stopped\n"), runner.err
