@@ -44,20 +44,16 @@ def make(named: Path | None = None) -> Path:
 
 def _locked(path: Path) -> int | None:
     """Lock the folder just made; None where a sweep was quicker, and has removed it."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.path.samestat(os.fstat(lock), path.stat()):
-            return lock
-    except FileNotFoundError:
-        pass
-    except BaseException:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+        except BaseException:
+            os.close(lock)
+            raise
         os.close(lock)
-        raise
-    os.close(lock)
     return None
 
 

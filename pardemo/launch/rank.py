@@ -37,6 +37,7 @@ def main(
     `folder`, made here, takes what multiprocessing keeps on disk, also in this rank's children.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the kernel stops ranks itself
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # until here it is, under spawn
     family.adopt_orphans()
     _redirect(out_fd, err_fd)
     faulthandler.enable(file=stacks_fd, all_threads=True)  # a signal may reach any thread

@@ -106,8 +106,6 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
 
 def _spawned(rank: int, connections: list[list[Any]], kernel: int, folders: list[str]) -> None:
     """What torch.multiprocessing.spawn runs in each new process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the kernel stops ranks itself
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.setpgid(0, 0)
     family.end_with_parent(False)  # from here on its connections say when the kernel has ended
     mp.set_start_method(None, force=True)  # DataLoader workers start as in any other process

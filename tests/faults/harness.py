@@ -83,6 +83,15 @@ def family() -> list[psutil.Process]:
     return [here, *here.children(recursive=True)]
 
 
+def left_in(folder: Path, *usual: str) -> list[str]:
+    """What lies in a temporary folder beside `usual` and torch's cache of compiled code."""
+    return [
+        entry.name
+        for entry in folder.iterdir()
+        if entry.name not in usual and not entry.name.startswith("torchinductor_")
+    ]
+
+
 def alive(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
     """Those that still run; a dead one that nobody has waited for counts as dead."""
     found = []
@@ -267,6 +276,11 @@ class Program:
     def err(self) -> str:
         """Standard error so far."""
         return (self.folder / "err").read_text(errors="replace")
+
+    @property
+    def said(self) -> list[str]:
+        """The lines of standard error so far, without torch's own where there is no network."""
+        return [line for line in self.err.splitlines() if OFFLINE not in line]
 
     def wait_for(self, text: str, seconds: float = 120.0, times: int = 1) -> None:
         """Wait until it has printed `text` that many times."""

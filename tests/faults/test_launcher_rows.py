@@ -21,7 +21,7 @@ import pytest
 from pardemo.launch import RankFailed, Ranks, RankTimeout, launch, servers
 from pardemo.launch import session as sessions
 
-from .harness import OFFLINE, Program, alive, gone_within, nothing_left
+from .harness import Program, alive, gone_within, nothing_left
 from .launcher_work import (
     asks_for_too_much,
     block,
@@ -40,6 +40,7 @@ from .launcher_work import (
     values,
     wait_and_sum,
 )
+from .test_random_moments import SPAWNS
 
 pytestmark = pytest.mark.timeout(300)
 MANY = [3, pytest.param(20, marks=[pytest.mark.soak, pytest.mark.timeout(900)])]
@@ -272,7 +273,7 @@ def test_what_cannot_be_loaded_in_advance_is_said_and_done_without(tmp_path: Pat
         program = Program(tmp_path, script, PYTHONPATH=path)
         assert program.end(150) == 0, program.err
         assert program.out == "[0, 1]\n"
-        (said,) = [line for line in program.err.splitlines() if OFFLINE not in line]
+        (said,) = program.said
         assert said.startswith("note: torch.distributed.pipelining is not loaded in advance")
 
 
@@ -434,13 +435,6 @@ def test_row_6_an_interrupt_of_the_parent(tmp_path: Path, group: bool, times: in
             program.wait_for("interrupted", seconds=WITHIN_S, times=i + 1)
         assert program.end() == 0
         assert program.out.endswith("[0, 1]\n")
-
-
-SPAWNS = """
-import torch.distributed as dist
-from pardemo import launch
-launch(dist.get_rank, nprocs=2, start="spawn")
-"""
 
 
 @pytest.mark.twenty(3)

@@ -25,7 +25,7 @@ import pytest
 from pardemo import records, scratch
 from pardemo.records import lock
 
-from .harness import OFFLINE, ROOT, Program, clear, gone_within, nothing_left
+from .harness import ROOT, Program, clear, gone_within, left_in, nothing_left
 
 pytestmark = pytest.mark.timeout(400)
 PARDEMO = (sys.executable, "-m", "pardemo")
@@ -116,27 +116,18 @@ def lifetime_s(name: str) -> float:
         return time.monotonic() - began
 
 
-def left_in(temporary: Path, program: Program) -> list[str]:
-    """What lies in the temporary folder beside the program's own and the lock of timed runs."""
-    usual = {program.folder.name, lock.lock_path().parent.name}
-    return [
-        entry.name
-        for entry in temporary.iterdir()
-        if entry.name not in usual and not entry.name.startswith("torchinductor_")
-    ]
-
-
 def check_ending(
     program: Program, code: int, number: int, subject: Subject, temporary: Path
 ) -> None:
     """The exit code and the words fit the signal, or it had ended well before."""
     said = f"{code}\n{program.out[-800:]}\n{program.err[-3000:]}"
-    lines = [line for line in program.err.splitlines() if OFFLINE not in line]
+    lines = program.said
     reached = set(re.findall(re.escape(str(ROOT / "pardemo")) + r'/(\S+)"', program.err))
     if subject.source is None and code in (1, -signal.SIGINT) and reached <= FIRST:
         assert program.err.rstrip().endswith("KeyboardInterrupt") or "init_import_site" in said
         return  # Python itself was starting
-    if number == signal.SIGINT and not reached and any(words in said for words in THEIRS):
+    if subject.source and not reached and any(words in said for words in THEIRS):
+        assert number == signal.SIGINT, said
         return
     shell = -number if subject.source else 128 + number
     allowed = {0, shell}
@@ -162,7 +153,8 @@ def clear_away(temporary: Path, program: Program, number: int, subject: Subject)
     """Nothing lies about, but for what a killed command cannot take away itself: the next does."""
     if number == signal.SIGKILL and subject.source is None:
         scratch.sweep()
-    assert left_in(temporary, program) == []
+    # beside the program's own folder, and that of the lock of timed runs
+    assert left_in(temporary, program.folder.name, lock.lock_path().parent.name) == []
     clear(temporary)
 
 

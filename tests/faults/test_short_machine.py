@@ -22,7 +22,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from pardemo import notebooks
 
-from .harness import ROOT
+from .harness import ROOT, left_in
 
 pytestmark = pytest.mark.timeout(180)
 NOBODY = 65534
@@ -100,10 +100,6 @@ def test_the_tests_themselves_raise_a_low_limit_or_say_what_they_need() -> None:
     assert done.returncode == 2
     assert "the tests need 256 open files at a time, and 64 are allowed" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-
-
-def left_in(folder: Path) -> list[str]:
-    return [p.name for p in folder.iterdir() if not p.name.startswith("torchinductor")]
 
 
 def test_a_notebook_leaves_nothing_where_the_home_cannot_be_written(tmp_path: Path) -> None:
